@@ -1,0 +1,50 @@
+# make quickstart: set up, then data, baseline, SCINet and page.   make test: set up, then every check that CI runs.
+SHELL := /bin/bash
+BIN := .venv/bin
+STAGE := .ci/stage
+QUICKSTART ?= runs/quickstart
+export OMP_WAIT_POLICY := passive
+
+.PHONY: help setup quickstart test lint types layers spelling tests format clean
+
+help: ## show these lines
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: ## install the locked packages once, and .venv for this clone
+	@.ci/environment
+
+quickstart: setup ## train SCINet and a baseline on the embedded data, and write a page (about 10 minutes)
+	@echo "1/3 data: scenes drawn from OpenMoji"
+	@test -f data/scenes/dataset.json || $(BIN)/scinet data build scenes --out data/scenes --count 1500
+	@echo "2/3 baseline: binary cross-entropy on the known labels"
+	@test -f $(QUICKSTART)-baseline/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed scinet/train.py \
+		--config configs/quickstart.yaml method=bce baseline= name=quickstart-baseline resume=true
+	@echo "3/3 SCINet"
+	@test -f $(QUICKSTART)/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed scinet/train.py \
+		--config configs/quickstart.yaml resume=true
+	@$(BIN)/scinet show --run $(QUICKSTART)
+
+test: setup lint types layers spelling tests ## every check, as in CI
+
+lint: setup
+	@$(STAGE) "lint (ruff)" $(BIN)/ruff check .
+	@$(STAGE) "format (ruff)" $(BIN)/ruff format --check .
+
+types: setup
+	@$(STAGE) "types (mypy --strict)" $(BIN)/mypy
+
+layers: setup
+	@$(STAGE) "layers (import-linter)" $(BIN)/lint-imports
+
+spelling: setup
+	@$(STAGE) "spelling (codespell)" $(BIN)/codespell scinet kernels cluster configs tests README.md CONTRIBUTING.md CHANGELOG.md
+
+tests: setup
+	@$(STAGE) "tests (pytest)" $(BIN)/pytest --durations=10
+
+format: setup ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove runs, data and caches of this clone; the shared environment stays
+	rm -rf runs data .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,334 @@
+"""Public Gaussian operators: check, promote to at least fp32, gather over ranks, run.
+
+Shapes: B queries, M keys (of all ranks where a group is given), D embedding, C classes, K neighbours.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scinet_kernels import checks, reference, sharded
+from scinet_kernels.reference import DEFAULT_WORKSPACE_BYTES
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Checked, promoted and gathered operands."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor | None
+    bandwidth: Tensor
+    pairs: reference.Pairs
+
+
+def _promoted(tensor: Tensor, *others: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    for other in others:
+        dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Keep autocast from running the distance product in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _per_query(bandwidth: float | Tensor, queries: Tensor) -> Tensor:
+    """One bandwidth per query in the dtype and on the device of the queries; keeps its gradient."""
+    return torch.as_tensor(bandwidth, dtype=queries.dtype, device=queries.device).expand(queries.shape[0])
+
+
+def _prepare(
+    queries: Tensor,
+    values: Tensor | None,
+    *,
+    bandwidth: float | Tensor,
+    keys: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    exclude_self: bool,
+    radius: float | None,
+    neighbours: int | None,
+    key_weights: Tensor | None,
+    backend: str,
+    workspace_bytes: int,
+    group: dist.ProcessGroup | None,
+) -> _Problem:
+    checks.check_backend(backend)
+    num_keys = checks.check_keys(queries, keys)
+    checks.check_bandwidth(bandwidth, queries)
+    checks.check_pairs(queries, keys, query_ids, key_ids, key_weights, radius, neighbours)
+    checks.check_at_least_one("workspace_bytes", workspace_bytes)
+    if exclude_self and keys is not None:
+        raise ValueError("exclude_self needs keys=None: with separate keys, exclude by query_ids and key_ids.")
+    if values is not None:
+        checks.check_matrix("values", values)
+        checks.check_same_device("values", values, "queries", queries)
+        if values.shape[0] != num_keys:
+            raise ValueError(f"values have {values.shape[0]} rows but there are {num_keys} keys: one row for each.")
+        values = values.to(_promoted(values))
+    dtype = _promoted(queries) if keys is None else _promoted(queries, keys)
+    queries = queries.to(dtype)
+    all_keys = queries if keys is None else keys.to(dtype)
+    all_key_ids = query_ids if keys is None else key_ids
+    offset = 0
+    if group is not None:
+        rows, offset = sharded.gather_rows([all_keys, values, all_key_ids, key_weights], group)
+        gathered_keys, values, all_key_ids, key_weights = rows
+        assert gathered_keys is not None
+        all_keys = gathered_keys
+    pairs = reference.Pairs(
+        self_offset=offset if keys is None else None,
+        exclude_self=exclude_self,
+        query_ids=query_ids,
+        key_ids=all_key_ids,
+        radius=radius,
+        neighbours=neighbours,
+        key_weights=key_weights,
+    )
+    return _Problem(queries, all_keys, values, _per_query(bandwidth, queries), pairs)
+
+
+def gaussian_propagate(
+    queries: Tensor,
+    values: Tensor,
+    *,
+    bandwidth: float | Tensor,
+    keys: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude_self: bool = False,
+    radius: float | None = None,
+    neighbours: int | None = None,
+    key_weights: Tensor | None = None,
+    backend: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Average the values of near keys with row-normalised Gaussian weights. Collective where `group` is given.
+
+    `P_i = sum_j w_j S_ij c_j / sum_j w_j S_ij`, `S_ij = exp(-|x_i - y_j|^2 / (2 s_i^2))`.
+
+    Args:
+        queries: [B, D] floating point; fp16 and bf16 are computed in fp32. NaN and Inf propagate.
+        values: [M, C] floating point, one row per key.
+        bandwidth: s > 0, a float, or a floating-point tensor [] or [B] (whose values are not checked).
+        keys: [M, D], or None: the queries themselves.
+        query_ids: [B] int64; pairs of equal id do not count. Without keys they name the keys too.
+        key_ids: [M] int64, with `query_ids` and keys.
+        exclude_self: leave out i == j; needs `keys=None`.
+        radius: only keys at a Euclidean distance <= radius count.
+        neighbours: only so many nearest of the keys that count otherwise; among equals the lower index.
+        key_weights: [M] floating point w; a key with w <= 0 does not count.
+        backend: "auto" or "reference".
+        workspace_bytes: bound on temporaries of size M per query, met by working on a few queries at a time (one at
+            least) and by computing them again in the backward.
+        group: process group; keys (without keys: queries), values, ids and weights are then this rank's rows and are
+            gathered from all ranks, uneven and zero row counts included. The gradient is that of the sum of all
+            ranks' losses; what requires a gradient must do so on every rank.
+
+    Returns:
+        [B, C] in the dtype of the values promoted to at least fp32, differentiable in queries, keys, values,
+        bandwidth and positive weights. A query without any neighbour gets a zero row with zero gradient;
+        `gaussian_mass` (-inf) says which.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, device, range or name does not fit.
+
+    Source: method.md section 3, kernels.md sections 2 and 5.5.
+
+    """
+    problem = _prepare(
+        queries,
+        values,
+        bandwidth=bandwidth,
+        keys=keys,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        exclude_self=exclude_self,
+        radius=radius,
+        neighbours=neighbours,
+        key_weights=key_weights,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        group=group,
+    )
+    assert problem.values is not None
+    with _full_precision(queries):
+        return reference.propagate(
+            problem.queries, problem.keys, problem.values, problem.bandwidth, problem.pairs, workspace_bytes
+        )
+
+
+def gaussian_mass(
+    queries: Tensor,
+    *,
+    bandwidth: float | Tensor,
+    keys: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude_self: bool = False,
+    radius: float | None = None,
+    neighbours: int | None = None,
+    key_weights: Tensor | None = None,
+    backend: str = "auto",
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Logarithm of each query's sum of weights, log sum_j w_j S_ij. Collective where `group` is given.
+
+    Args:
+        queries: [B, D] floating point.
+        bandwidth: as in `gaussian_propagate`.
+        keys: [M, D], or None: the queries themselves.
+        query_ids: as in `gaussian_propagate`.
+        key_ids: as in `gaussian_propagate`.
+        exclude_self: as in `gaussian_propagate`.
+        radius: as in `gaussian_propagate`.
+        neighbours: as in `gaussian_propagate`.
+        key_weights: as in `gaussian_propagate`.
+        backend: "auto" or "reference".
+        workspace_bytes: as in `gaussian_propagate`.
+        group: as in `gaussian_propagate`.
+
+    Returns:
+        [B] at least fp32; -inf for a query without any neighbour.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, device, range or name does not fit.
+
+    Source: kernels.md section 5.1.
+
+    """
+    problem = _prepare(
+        queries,
+        None,
+        bandwidth=bandwidth,
+        keys=keys,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        exclude_self=exclude_self,
+        radius=radius,
+        neighbours=neighbours,
+        key_weights=key_weights,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        group=group,
+    )
+    with _full_precision(queries):
+        return reference.mass(problem.queries, problem.keys, problem.bandwidth, problem.pairs, workspace_bytes)
+
+
+def gaussian_similarity(queries: Tensor, keys: Tensor, *, bandwidth: float | Tensor) -> Tensor:
+    """Return the Gaussian weights themselves, all B x M of them: for small sizes and plots.
+
+    Args:
+        queries: [B, D] floating point.
+        keys: [M, D] floating point.
+        bandwidth: as in `gaussian_propagate`.
+
+    Returns:
+        [B, M] in [0, 1], at least fp32, not normalised.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, device or range does not fit.
+
+    Source: method.md section 3.
+
+    """
+    checks.check_keys(queries, keys)
+    checks.check_bandwidth(bandwidth, queries)
+    dtype = _promoted(queries, keys)
+    queries, keys = reference.centred(queries.to(dtype), keys.to(dtype))
+    with _full_precision(queries):
+        return reference.log_weights(queries, keys, _per_query(bandwidth, queries), reference.Pairs()).exp()
+
+
+def nearest_neighbours(
+    queries: Tensor,
+    k: int,
+    *,
+    keys: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude_self: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Find the k nearest keys of each query, nearest first; among equals the lower index.
+
+    Args:
+        queries: [B, D] floating point.
+        k: number of keys wanted, >= 1.
+        keys: [M, D], or None: the queries themselves.
+        query_ids: [B] int64; pairs of equal id do not count. Without keys they name the keys too.
+        key_ids: [M] int64, with `query_ids` and keys.
+        exclude_self: leave out i == j; has a meaning only without keys.
+        backend: "auto" or "reference".
+
+    Returns:
+        (index [B, k] int64, squared distance [B, k] fp32, differentiable with the choice held fixed); index -1 and
+        distance inf where fewer than k keys are allowed.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, device, range or name does not fit.
+
+    Source: method.md section 3 (adaptive bandwidth), kernels.md section 5.1.
+
+    """
+    checks.check_backend(backend)
+    checks.check_at_least_one("k", k)
+    checks.check_keys(queries, keys)
+    checks.check_pairs(queries, keys, query_ids, key_ids, None, None, None)
+    dtype = _promoted(queries) if keys is None else _promoted(queries, keys)
+    queries = queries.to(dtype)
+    pairs = reference.Pairs(
+        self_offset=0 if keys is None else None,
+        exclude_self=exclude_self,
+        query_ids=query_ids,
+        key_ids=query_ids if keys is None else key_ids,
+    )
+    with _full_precision(queries):
+        index, squared = reference.nearest(
+            queries, queries if keys is None else keys.to(dtype), k, pairs, DEFAULT_WORKSPACE_BYTES
+        )
+    return index, squared.float()
+
+
+def median_bandwidth(queries: Tensor, *, sample: int = 4096, generator: torch.Generator | None = None) -> Tensor:
+    """Measure the median distance between two rows, a usual first guess of the bandwidth.
+
+    Args:
+        queries: [B, D] floating point, B >= 2.
+        sample: largest number of rows looked at, >= 2; all pairs among them are measured.
+        generator: draws the rows where there are more than `sample`; None takes them evenly spaced.
+
+    Returns:
+        [] at least fp32, > 0: machine epsilon where more than half the distances are 0.
+
+    Raises:
+        TypeError: queries are not floating point.
+        ValueError: fewer than two rows, or `sample` < 2.
+
+    Source: kernels.md section 5.1.
+
+    """
+    checks.check_matrix("queries", queries)
+    num_rows = queries.shape[0]
+    if min(num_rows, sample) < 2:
+        raise ValueError(f"median_bandwidth needs at least 2 rows and sample >= 2, got {num_rows} and {sample}.")
+    rows = queries.to(_promoted(queries))
+    if num_rows > sample and generator is None:
+        rows = rows[torch.arange(sample, device=rows.device) * num_rows // sample]
+    elif num_rows > sample:
+        assert generator is not None
+        chosen = torch.randperm(num_rows, generator=generator, device=generator.device)[:sample]
+        rows = rows[chosen.to(rows.device)]
+    return torch.pdist(rows).median().clamp_min(torch.finfo(rows.dtype).eps)

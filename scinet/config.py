@@ -1,0 +1,218 @@
+"""Configuration files and overrides become one checked, frozen :class:`~scinet.options.Options`.
+
+Precedence: defaults < the file's parent (``extends:``) < the file < ``key=value``. All problems are reported together,
+each with the key as the user typed it (design.md, configuration).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from scinet.errors import ConfigError, nearest
+from scinet.options import BiDominant, Combine, Memory, Method, Options, Profile
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Options:
+    """Return the checked configuration of a file with ``key=value`` overrides.
+
+    Args:
+        path: a YAML file, or None for the defaults.
+        overrides: dotted assignments such as ``data.known_ratio=0.1``.
+
+    Raises:
+        ConfigError: naming every unknown key, wrong type and value out of range, or the file that cannot be read.
+    """
+    problems: list[str] = []
+    given: dict[str, Any] = {}
+    for origin, tree in [*_files(path), *_assignments(overrides)]:
+        for key, value in _leaves(tree):
+            problem = _check_leaf(key, value)
+            if problem:
+                problems.append(f"{origin}{problem}")
+            else:
+                given[key] = value
+    if problems:
+        raise ConfigError("; ".join(problems))
+    options = _build(Options, given, "")
+    problems = list(_relations(options))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return options
+
+
+def to_yaml(options: Options) -> str:
+    """Return the resolved configuration as YAML that :func:`load` reads back to the same options."""
+    return OmegaConf.to_yaml(OmegaConf.structured(options))
+
+
+def replace(options: Options, **changes: Any) -> Options:
+    """Return the options with dotted keys changed, ``__`` standing for the dot, checked like a file's.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    given = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(options), enum_to_str=True)))
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    return load(overrides=[f"{key}={_quote(value)}" for key, value in {**given, **changed}.items()])
+
+
+def _quote(value: Any) -> str:
+    if isinstance(value, enum.Enum):
+        value = value.value
+    return OmegaConf.to_yaml(OmegaConf.create({"v": value})).removeprefix("v:").strip() if value != {} else "{}"
+
+
+def _files(path: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    if path is None:
+        return []
+    tree = read_tree(path)
+    parent = tree.pop("extends", None)
+    chain = _files(path.parent / str(parent)) if parent is not None else []
+    return [*chain, (f"{path}: ", tree)]
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return a YAML file as a plain tree, unchecked but for being a mapping.
+
+    Raises:
+        ConfigError: if it does not exist or cannot be read.
+    """
+    if not path.is_file():
+        beside = [str(found) for found in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        raise ConfigError(f"configuration file {path} does not exist{nearest(str(path), beside)}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        first = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not readable as YAML: {first}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, found {type(tree).__name__}")
+    return typing.cast("dict[str, Any]", tree)
+
+
+def _assignments(overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    trees = []
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{text}' is not an override; write key=value, for example data.known_ratio=0.1")
+        try:
+            tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from error
+        trees.append(("", typing.cast("dict[str, Any]", tree)))
+    return trees
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; the ``deepspeed`` section counts as one value, its inside is DeepSpeed's."""
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and dotted != "deepspeed" and value:
+            yield from _leaves(value, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def fields(section: Any = Options, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Yield the dotted key, the field and the type of every option of a section."""
+    hints = typing.get_type_hints(section)
+    for item in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from fields(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item, hints[item.name]
+
+
+def _check_leaf(key: str, value: Any) -> str | None:
+    known = {name: (item, kind) for name, item, kind in fields()}
+    if key not in known:
+        sections = {name.partition(".")[0] for name in known if "." in name}
+        if key in sections:
+            return f"'{key}' is a section of options, found {value!r}"
+        if key.partition(".")[0] in known:
+            return f"'{key.partition('.')[0]}' is one value, not a section"
+        return f"unknown key '{key}'{nearest(key, known)}"
+    item, kind = known[key]
+    if value is None:
+        return f"'{key}' has no value, expected {_describe(kind)}"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        choices = [member.value for member in kind]
+        spelled = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        return None if spelled in choices else (
+            f"'{key}' is {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}"
+        )
+    if not _fits(kind, value):
+        return f"'{key}' is {value!r}, expected {_describe(kind)}"
+    low, high = item.metadata["low"], item.metadata["high"]
+    if (low is not None and value < low) or (high is not None and value > high) or value != value:
+        bounds = f"from {low:g} to {high:g}" if high is not None else f"at least {low:g}"
+        return f"'{key}' is {value!r}, expected a number {bounds}"
+    return None
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind in (bool, str):
+        return isinstance(value, kind) or (kind is str and isinstance(value, (int, float)))
+    return isinstance(value, dict)
+
+
+def _describe(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "one of " + ", ".join(member.value for member in kind)
+    return _TYPE_NAMES.get(kind, "a section")
+
+
+def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(section)
+    values = {}
+    for item in dataclasses.fields(section):
+        key, kind = f"{prefix}{item.name}", hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            values[item.name] = _build(kind, given, f"{key}.")
+        elif key in given:
+            is_container = typing.get_origin(kind) is dict
+            values[item.name] = given[key] if is_container else kind(given[key])
+    return section(**values)
+
+
+def _relations(options: Options) -> Iterator[str]:
+    data, model, fusion, train = options.data, options.model, options.fusion, options.train
+    if data.cache_features and not model.freeze_image:
+        yield "'data.cache_features' needs 'model.freeze_image=true': features of a tower that trains go stale"
+    if fusion.momentum > 0 and fusion.memory is Memory.none:
+        yield "'fusion.momentum' above 0 needs 'fusion.memory=dense'"
+    if options.profile is Profile.release and model.bi_dominant is not BiDominant.none:
+        yield "'profile=release' has a text-only prompter: set 'model.bi_dominant=none'"
+    if train.global_batch_size % train.accumulation_steps:
+        yield (
+            f"'train.global_batch_size' is {train.global_batch_size}, expected a multiple of "
+            f"'train.accumulation_steps' ({train.accumulation_steps})"
+        )
+    if options.method is not Method.zero_shot and options.optimizer.learning_rate == 0 and not model.freeze_image:
+        yield "'optimizer.learning_rate' is 0: nothing would train; for the untrained model set 'method=zero_shot'"
+    if not options.name or Path(options.name).name != options.name:
+        yield f"'name' is {options.name!r}, expected a plain folder name"
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key in options.deepspeed:
+            yield f"'deepspeed.{key}' is derived: set 'train.global_batch_size' and 'train.accumulation_steps'"
+
+
+def as_tree(options: Options) -> DictConfig:
+    """Return the options as an OmegaConf tree, for printing and comparing."""
+    return OmegaConf.structured(options)

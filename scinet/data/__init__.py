@@ -1,0 +1,1 @@
+"""From a partly labelled collection to batches; knows no model."""

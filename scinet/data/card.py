@@ -1,0 +1,150 @@
+"""``dataset.json``, the data card beside the shards: classes, splits, counts, checksums, source."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scinet.errors import ConfigError, DataError, nearest
+
+CARD_NAME = "dataset.json"
+SPLITS = ("train", "holdout", "test")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a split."""
+
+    file: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split and what their labels say."""
+
+    num_samples: int
+    num_positives: tuple[int, ...]
+    num_negatives: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def label_density(self) -> float:
+        """Share of positives among the labelled cells."""
+        labelled = sum(self.num_positives) + sum(self.num_negatives)
+        return sum(self.num_positives) / labelled if labelled else 0.0
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What a folder of shards holds, and where it came from."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    source: dict[str, Any]
+    directory: Path
+    sha256: str
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def split(self, name: str) -> Split:
+        """Return a split.
+
+        Raises:
+            DataError: if the card has none of that name, or it is empty.
+        """
+        if name not in self.splits or not self.splits[name].num_samples:
+            has = ", ".join(f"{key} ({value.num_samples})" for key, value in self.splits.items())
+            raise DataError(f"{self.directory / CARD_NAME} has no samples in split '{name}'; it has {has}")
+        return self.splits[name]
+
+    def shard_paths(self, name: str) -> list[Path]:
+        """Return the files of a split in their written order."""
+        return [self.directory / shard.file for shard in self.split(name).shards]
+
+
+def write(directory: Path, *, name: str, class_names: list[str], splits: dict[str, Split], source: dict[str, Any]) -> None:
+    """Write the card; the last file of a build, so that a folder with a card is a whole one."""
+    tree = {
+        "format": "scinet-shards-1",
+        "name": name,
+        "class_names": class_names,
+        "splits": {key: dataclasses.asdict(value) | {"label_density": value.label_density} for key, value in splits.items()},
+        "source": source,
+    }
+    temporary = directory / f".{CARD_NAME}.part"
+    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(directory / CARD_NAME)
+
+
+def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
+    """Return the card of a folder after checking that it and its shards are there.
+
+    Args:
+        directory: a folder written by ``scinet data build``.
+        prepare: the command that makes it, named when it is missing.
+
+    Raises:
+        ConfigError: if the folder or the card is missing.
+        DataError: if the card is not one, or a shard is missing or has another size than the card says.
+    """
+    path = directory / CARD_NAME
+    if not directory.is_dir():
+        siblings = [str(found) for found in directory.parent.glob("*")] if directory.parent.is_dir() else []
+        raise ConfigError(f"data folder {directory} does not exist{nearest(str(directory), siblings) or ':'} make it with `{prepare}`")
+    if not path.is_file():
+        raise ConfigError(f"{directory} holds no {CARD_NAME}, so it is no finished data set: make it with `{prepare}`")
+    content = path.read_bytes()
+    try:
+        tree = json.loads(content)
+        splits = {key: _split(value) for key, value in tree["splits"].items()}
+        class_names = tuple(str(name) for name in tree["class_names"])
+        card = DataCard(
+            name=str(tree["name"]),
+            class_names=class_names,
+            splits=splits,
+            source=dict(tree["source"]),
+            directory=directory,
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`") from error
+    _check(card, path)
+    return card
+
+
+def _split(tree: dict[str, Any]) -> Split:
+    return Split(
+        num_samples=int(tree["num_samples"]),
+        num_positives=tuple(int(count) for count in tree["num_positives"]),
+        num_negatives=tuple(int(count) for count in tree["num_negatives"]),
+        shards=tuple(
+            Shard(str(s["file"]), int(s["num_samples"]), int(s["num_bytes"]), str(s["sha256"])) for s in tree["shards"]
+        ),
+    )
+
+
+def _check(card: DataCard, path: Path) -> None:
+    for name, split in card.splits.items():
+        if len(split.num_positives) != card.num_classes:
+            raise DataError(f"{path}: split '{name}' counts {len(split.num_positives)} classes, the card names {card.num_classes}")
+        for shard in split.shards:
+            file = card.directory / shard.file
+            if Path(shard.file).name != shard.file:
+                raise DataError(f"{path}: shard '{shard.file}' must be a plain file name beside the card")
+            if not file.is_file():
+                raise DataError(f"shard {file} is missing, {path} lists it with {shard.num_samples} samples")
+            if file.stat().st_size != shard.num_bytes:
+                raise DataError(
+                    f"shard {file} has {file.stat().st_size} bytes, {path} says {shard.num_bytes}: it is truncated or was replaced"
+                )

@@ -1,0 +1,80 @@
+"""Which labels are known: a pure function of (sample id, class index, seed), equal everywhere (method.md section 1)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+KNOWN_POSITIVE, KNOWN_NEGATIVE, UNKNOWN = 1, -1, 0
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def text_key(text: str) -> int:
+    """Return a 64-bit key of a text, equal on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Scramble 64-bit counters so that neighbours are unrelated.
+
+    Args:
+        values: [N] uint64.
+
+    Returns:
+        [N] uint64.
+
+    Source: the splitmix64 finaliser (Steele et al., "Fast splittable pseudorandom number generators", 2014).
+    """
+    with np.errstate(over="ignore"):
+        z = values + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def derive(*parts: int | str) -> int:
+    """Return a 63-bit seed for a purpose, for instance ``derive(seed, "views", epoch, sample_id)``."""
+    return text_key("\x1f".join(map(str, parts))) >> 1
+
+
+def uniforms(sample_id: str, num_classes: int, seed: int) -> npt.NDArray[np.float64]:
+    """Return the cell hashes of one sample.
+
+    Args:
+        sample_id: the id stored with the sample.
+        num_classes: C.
+        seed: the mask seed.
+
+    Returns:
+        [C] float64 in [0, 1); a cell is known at ratio rho iff its value is below rho, so masks are nested over rho.
+    """
+    start = np.uint64(text_key(sample_id)) ^ mix(np.array([seed], dtype=np.uint64))[0]
+    cells = mix(mix(np.arange(num_classes, dtype=np.uint64)) ^ start)
+    return (cells >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def observe(
+    truth: npt.NDArray[np.int8], sample_id: str, *, known_ratio: float, seed: int, single_positive: bool = False
+) -> npt.NDArray[np.int8]:
+    """Return what a partly labelled collection would show of a sample's labels.
+
+    Args:
+        truth: [C] int8; +1 present, -1 absent, 0 not known even to the collection.
+        sample_id: the id stored with the sample.
+        known_ratio: share of the cells that stay, in [0, 1]; positives and negatives are dropped alike.
+        seed: the mask seed.
+        single_positive: keep only the positive with the smallest hash, instead of ``known_ratio``.
+
+    Returns:
+        [C] int8; +1 known positive, -1 known negative, 0 unknown.
+    """
+    u = uniforms(sample_id, len(truth), seed)
+    if not single_positive:
+        return np.where(u < known_ratio, truth, UNKNOWN).astype(np.int8)
+    observed = np.zeros_like(truth)
+    positives = np.flatnonzero(truth == KNOWN_POSITIVE)
+    if len(positives):
+        observed[positives[np.argmin(u[positives])]] = KNOWN_POSITIVE
+    return observed

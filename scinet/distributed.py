@@ -1,0 +1,164 @@
+"""Ranks, devices and collectives; the only module that talks to ``torch.distributed``."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scinet.errors import ScinetError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank in [0, world_size), and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that speaks and writes."""
+        return self.rank == 0
+
+
+def initialise(timeout_s: int) -> Ranks:
+    """Join the process group that the launcher describes, or form one alone. Collective.
+
+    Works under ``deepspeed``, ``torchrun`` and plain ``python``.
+
+    Args:
+        timeout_s: longest wait for another rank in any collective.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    has_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    _quieten_deepspeed()
+    import deepspeed
+
+    # imported before a group exists: imported later it keeps the group's threads alive, which can abort the exit
+    importlib.import_module("torch._dynamo")
+
+    if not has_gpu:
+        _skip_shared_memory_op()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if not dist.is_initialized() and world_size == 1:
+        # alone there is nobody to meet: no port, no address; DeepSpeed asks for the variables all the same
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group("nccl" if has_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", timeout=timeout, auto_mpi_discovery=False)
+    return Ranks(rank, world_size, device)
+
+
+def _quieten_deepspeed() -> None:
+    """DeepSpeed logs its settings at INFO on every rank; its warnings stay."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling ``deepspeed_shm_comm`` on the CPU.
+
+    It serves only ``inference_all_reduce``; its build takes minutes in every rank, and a build that is killed leaves a
+    lock behind on which every later start waits without a word.
+    """
+    module: Any = sys.modules["deepspeed.comm.torch"]
+    module.build_shm_op = lambda: None
+
+
+def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Return the rows of all ranks in global sample order. Collective.
+
+    Rank r holds the samples r, r + R, r + 2R, ... of the global batch, so the ranks' rows interleave.
+
+    Args:
+        rows: [B, ...], B equal on every rank.
+        ranks: this process.
+
+    Returns:
+        [R * B, ...].
+    """
+    if ranks.world_size == 1:
+        return rows
+    rows = rows.contiguous()
+    gathered = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+    dist.all_gather(gathered, rows)
+    return torch.stack(gathered, dim=1).flatten(0, 1)
+
+
+def gather_uneven(rows: Tensor, ranks: Ranks, total: int) -> Tensor:
+    """Return ``total`` rows in global order where the last ranks may have one less. Collective.
+
+    Args:
+        rows: [B, ...], B = ceil((total - rank) / world_size).
+        ranks: this process.
+        total: rows over all ranks.
+    """
+    longest = -(-total // ranks.world_size)
+    padding = rows.new_zeros(longest - len(rows), *rows.shape[1:])
+    return gather_rows(torch.cat([rows, padding]), ranks)[:total]
+
+
+def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
+    """Return the element-wise sum over all ranks. Collective."""
+    if ranks.world_size == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def first_rank_first(work: Callable[[], T], ranks: Ranks) -> T:
+    """Run ``work`` on rank 0, then on the others; for files that one rank makes and all read. Collective.
+
+    An error on rank 0 is raised on all ranks, so that none waits for a file that never comes.
+    """
+    failure: list[ScinetError | None] = [None]
+    result: list[T] = []
+    if ranks.is_first:
+        try:
+            result.append(work())
+        except ScinetError as error:
+            failure = [error]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+    return result[0] if result else work()
+
+
+def from_first_rank(work: Callable[[], T], ranks: Ranks) -> T:
+    """Run ``work`` on rank 0 only and give its result, or its error, to all. Collective."""
+    outcome: list[Any] = [None, None]
+    if ranks.is_first:
+        try:
+            outcome[0] = work()
+        except ScinetError as error:
+            outcome[1] = error
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
+
+
+def shut_down() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

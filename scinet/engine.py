@@ -1,0 +1,121 @@
+"""From our configuration to DeepSpeed: parameter groups, schedule, initialise, step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from scinet.errors import ConfigError
+from scinet.model.network import Network, Output
+from scinet.options import Options, OptimizerOptions, Precision
+
+
+def uses_bf16(options: Options, device: torch.device) -> bool:
+    """Return whether the towers compute in bf16: as configured, or on a GPU where ``auto``."""
+    precision = options.train.precision
+    return precision is Precision.bf16 or (precision is Precision.auto and device.type == "cuda")
+
+
+def deepspeed_config(options: Options, world_size: int, device: torch.device) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: our derived defaults, then the ``deepspeed`` section as it is."""
+    train = options.train
+    derived: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "gradient_accumulation_steps": train.accumulation_steps,
+        "train_micro_batch_size_per_gpu": train.global_batch_size // (world_size * train.accumulation_steps),
+        "bf16": {"enabled": uses_bf16(options, device)},
+        "gradient_clipping": options.optimizer.gradient_clip,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    return derived | options.deepspeed
+
+
+def parameter_groups(network: Network, options: OptimizerOptions) -> list[dict[str, Any]]:
+    """Return AdamW's groups: three learning rates, weight decay on matrices only (method.md section 6)."""
+    rates = {"label_graph": options.graph_learning_rate, "projection": options.head_learning_rate}
+    rates["bias"] = options.head_learning_rate
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            rate = rates.get(name.split(".")[0], options.learning_rate)
+            decay = options.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+class Engine:
+    """A DeepSpeed engine around the student."""
+
+    def __init__(self, network: Network, options: Options, world_size: int, device: torch.device, total_steps: int) -> None:
+        """Build optimiser and schedule and hand them to DeepSpeed. Collective.
+
+        Raises:
+            ConfigError: if DeepSpeed refuses its configuration.
+        """
+        import deepspeed
+
+        groups = parameter_groups(network, options.optimizer)
+        optimizer = torch.optim.AdamW(groups)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in groups],
+            total_steps=total_steps + 1,
+            pct_start=max(options.optimizer.warmup_share, 1 / (total_steps + 1)),
+            cycle_momentum=False,
+        )
+        config = deepspeed_config(options, world_size, device)
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=network, optimizer=optimizer, lr_scheduler=cast(Any, schedule), config=config
+            )
+        except (ValueError, AssertionError, KeyError, TypeError) as error:
+            raise ConfigError(f"DeepSpeed refuses the 'deepspeed' section {options.deepspeed}: {error}") from error
+        self.network = network
+        self._world_size = world_size
+        self.zero_stage = int(self._engine.zero_optimization_stage())
+
+    def forward(self, inputs: Tensor) -> Output:
+        """Run the student."""
+        return cast(Output, self._engine(inputs))
+
+    def step(self, loss: Tensor) -> None:
+        """Backward, and at an accumulation boundary the optimiser's and the schedule's step. Collective.
+
+        Args:
+            loss: this rank's sum over the global batch size; DeepSpeed averages over ranks, hence the factor.
+        """
+        self._engine.backward(loss * self._world_size)
+        self._engine.step()
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+        self._engine.train(mode)
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last step's gradient over all ranks, before clipping."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def learning_rate(self) -> float:
+        """Return the largest learning rate of the groups."""
+        return float(max(self._engine.get_lr()))
+
+    @contextmanager
+    def whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """Give the whole of a parameter that ZeRO 3 may have partitioned. Collective."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+            yield parameter.data
+
+    def save(self, directory: str, tag: str) -> None:
+        """Write partitions, optimiser and schedule. Collective."""
+        self._engine.save_checkpoint(directory, tag=tag, save_latest=False)
+
+    def load(self, directory: str, tag: str) -> None:
+        """Read what :meth:`save` wrote at the same world size and stage. Collective."""
+        self._engine.load_checkpoint(directory, tag=tag)

@@ -1,0 +1,40 @@
+"""The errors a user can cause, each with the exit status its command ends with (design.md, conventions 4)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ScinetError(Exception):
+    """A failure the user can act on: one sentence that names what was given, what is required and what to do."""
+
+    exit_status = 1
+
+
+class ConfigError(ScinetError):
+    """The command or its configuration cannot be carried out as written (exit status 2)."""
+
+    exit_status = 2
+
+
+class DataError(ScinetError):
+    """A shard, an image, a label file or a data card is not what it should be."""
+
+
+class CheckpointError(ScinetError):
+    """A run directory or a checkpoint is missing, incomplete or belongs to another run."""
+
+
+class TrainingError(ScinetError):
+    """Training cannot go on, for instance because the loss is not finite."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known spelling nearest to ``word``, or an empty string."""
+    candidates = list(known)
+    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    if not match:
+        lowered = {candidate.lower(): candidate for candidate in candidates}
+        match = [lowered[found] for found in difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.5)]
+    return f"; did you mean '{match[0]}'?" if match else ""

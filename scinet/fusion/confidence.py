@@ -1,0 +1,224 @@
+"""The unified confidence Q: instance similarity and label correlation fused into one matrix (method.md section 3).
+
+Shapes: B rows of this rank, G of the global batch, M of the bank, C classes, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from scinet_kernels import gaussian_propagate, nearest_neighbours
+from torch import Tensor
+
+from scinet.errors import ConfigError
+from scinet.fusion.bank import Bank, Neighbours
+from scinet.fusion.correlation import LabelCorrelation
+from scinet.model.label_graph import propagation
+from scinet.options import Bandwidth, Combine, CorrelationOptions, FusionOptions, Memory
+
+_SMALLEST_PROBABILITY = 1e-3
+_CONDITIONAL_RANGE = (0.002, 0.998)
+_DROPPED_VARIANCE = 1e4
+
+
+class Confidence(NamedTuple):
+    """Q and its parts, each [B, C] fp32; a part that is switched off is None."""
+
+    unified: Tensor
+    instance: Tensor | None
+    label: Tensor | None
+
+
+class Fusion:
+    """Forms Q for this rank's rows from the global batch and the bank, and keeps the state equal on every rank."""
+
+    def __init__(
+        self,
+        options: FusionOptions,
+        correlation_options: CorrelationOptions,
+        text: Tensor,
+        *,
+        width: int,
+        num_samples: int,
+        samples_per_epoch: int,
+    ) -> None:
+        """Allocate the state.
+
+        Args:
+            options: the ``fusion`` section.
+            correlation_options: the ``correlation`` section.
+            text: [C, C] correlation of the text embeddings.
+            width: D.
+            num_samples: size of the sample index, for the dense memory.
+            samples_per_epoch: N of the training split.
+
+        Raises:
+            ConfigError: if the dense memory would exceed its budget.
+        """
+        self.options, self._correlation_options = options, correlation_options
+        is_linear = options.combine is Combine.linear
+        self.correlation = LabelCorrelation(
+            text, correlation_options, samples_per_epoch=samples_per_epoch, needs_confidence=is_linear
+        )
+        num_classes = len(text)
+        self.bank = Bank(
+            options.bank_size if options.enabled else 0,
+            width,
+            num_classes,
+            keeps_confidence=is_linear,
+            device=text.device,
+        )
+        self._memory = self._allocate_memory(num_samples, num_classes, text.device)
+
+    def _allocate_memory(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor | None:
+        if self.options.memory is Memory.none:
+            return None
+        megabytes = num_samples * num_classes * 2 / 2**20
+        if megabytes > self.options.memory_budget_mb:
+            raise ConfigError(
+                f"fusion.memory=dense needs {megabytes:.0f} MiB for {num_samples} samples x {num_classes} classes, more "
+                f"than fusion.memory_budget_mb={self.options.memory_budget_mb}: raise it, or set fusion.memory=none "
+                "fusion.momentum=0"
+            )
+        return torch.full((num_samples, num_classes), torch.nan, dtype=torch.float16, device=device)
+
+    def combine(self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours) -> Confidence:
+        """Return the confidence of this rank's rows; changes no state.
+
+        Args:
+            batch: this rank's rows; embeddings are the teacher's, on unit length.
+            probabilities: P [B, C], the teacher's.
+            everyone: the rows of the global batch, this rank's included.
+        """
+        observed = batch.observed
+        if not self.options.enabled:
+            return Confidence(_override(probabilities, observed), None, None)
+        if self.options.combine is Combine.evidence:
+            raw, instance, label = self._evidence(batch, probabilities, everyone)
+        else:
+            raw, instance, label = self._linear(batch, probabilities, everyone)
+        if self._memory is not None:
+            previous = self._memory[batch.index].float()
+            mixed = self.options.momentum * previous + (1 - self.options.momentum) * raw
+            raw = torch.where(previous.isnan(), raw, mixed)
+        return Confidence(_override(raw, observed), instance, label)
+
+    def update(self, everyone: Neighbours) -> None:
+        """Take the global batch, in global order and with its confidence, into moments, memory and bank."""
+        self.correlation.update(everyone.observed, everyone.confidence)
+        self.bank.append(everyone)
+        if self._memory is not None:
+            self._memory[everyone.index] = everyone.confidence.to(self._memory.dtype)
+
+    def _evidence(
+        self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        rate = self.correlation.positive_rate()
+        prior = torch.logit(rate)
+        score = torch.logit(probabilities.clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY))
+        instance = label = None
+        if self.options.instance_weight:
+            instance = self._neighbour_vote(batch, everyone, rate)
+            score = score + self.options.instance_weight * (_clamped_logit(instance) - prior)
+        if self.options.label_weight:
+            correlation = self.correlation.known_correlation(self.options.label_shrinkage)
+            label = conditional_expectation(correlation, rate, batch.observed, noise=self.options.label_noise)
+            score = score + self.options.label_weight * (_clamped_logit(label) - prior)
+        return torch.sigmoid(score), instance, label
+
+    def _neighbour_vote(self, batch: Neighbours, everyone: Neighbours, rate: Tensor) -> Tensor:
+        """Return N: what the known labels of similar images say, with the class prior as ``prior_strength`` votes."""
+        rows = self._candidates(everyone)
+        known = (rows.observed != 0).float()
+        positive = (rows.observed > 0).float()
+        votes, mass = self._propagate(batch, rows, torch.cat([positive, known], dim=1)).chunk(2, dim=1)
+        strength = self.options.prior_strength
+        return (votes + strength * rate) / (mass + strength)
+
+    def _linear(
+        self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = self._candidates(everyone)
+        instance = self._propagate(batch, rows, rows.confidence)
+        has_neighbour = self._propagate(batch, rows, torch.ones_like(rows.confidence[:, :1])) > 0
+        instance = torch.where(has_neighbour, instance, probabilities)
+        options = self._correlation_options
+        label = probabilities @ propagation(self.correlation.shrunk(), options.graph_top_k, options.temperature).T
+        l_n, l_q = self.options.instance_weight, self.options.label_weight
+        return (probabilities + l_n * instance + l_q * label) / (1 + l_n + l_q), instance, label
+
+    def _candidates(self, everyone: Neighbours) -> Neighbours:
+        past = self.bank.rows()
+        # a bank without confidence (evidence) has no columns there
+        everyone = everyone._replace(confidence=everyone.confidence[:, : past.confidence.shape[1]])
+        return Neighbours(*(torch.cat(pair) for pair in zip(everyone, past, strict=True)))
+
+    def _propagate(self, batch: Neighbours, rows: Neighbours, values: Tensor) -> Tensor:
+        bandwidth: float | Tensor = self.options.bandwidth_value
+        if self.options.bandwidth is Bandwidth.adaptive:
+            k = min(self.options.bandwidth_neighbours, len(rows.index))
+            _, squared = nearest_neighbours(
+                batch.embeddings, k, keys=rows.embeddings, query_ids=batch.index, key_ids=rows.index
+            )
+            farthest = torch.where(squared.isinf(), 0.0, squared).amax(1).sqrt()
+            bandwidth = farthest.clamp_min(1e-3)
+        # unit vectors are never farther apart than 2, and a radius costs a comparison a pair
+        radius = self.options.radius if self.options.radius < 2 else None
+        return gaussian_propagate(
+            batch.embeddings,
+            values,
+            bandwidth=bandwidth,
+            keys=rows.embeddings,
+            query_ids=batch.index,
+            key_ids=rows.index,
+            radius=radius,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return bank, moments and memory."""
+        state = {f"bank.{key}": value for key, value in self.bank.state_dict().items()}
+        state |= {f"correlation.{key}": value for key, value in self.correlation.state_dict().items()}
+        return state | ({} if self._memory is None else {"memory": self._memory})
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state of another instance of the same sizes."""
+        for prefix, part in (("bank.", self.bank), ("correlation.", self.correlation)):
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        if self._memory is not None:
+            self._memory.copy_(state["memory"])
+
+
+def conditional_expectation(correlation: Tensor, rate: Tensor, observed: Tensor, *, noise: float) -> Tensor:
+    """Return L, the linear conditional expectation of each label given the image's known labels.
+
+    ``L_i = pi + s R (R + V_i)^-1 z_i`` with ``z = (Y - pi) / s`` on known cells and V so large elsewhere that unknown
+    cells drop out.
+
+    Args:
+        correlation: R [C, C], positive definite.
+        rate: pi [C].
+        observed: [B, C] in {+1, -1, 0}.
+        noise: V of a known cell.
+
+    Returns:
+        [B, C] fp32 in [0.002, 0.998]; ``rate`` for an image without a known label.
+
+    Source: method.md section 3 (ours).
+    """
+    known = observed != 0
+    spread = (rate * (1 - rate)).sqrt()
+    standardised = torch.where(known, ((observed > 0).float() - rate) / spread, 0.0)
+    variance = torch.where(known, noise, _DROPPED_VARIANCE)
+    factor = torch.linalg.cholesky(correlation + torch.diag_embed(variance))
+    solved = torch.cholesky_solve(standardised.unsqueeze(-1), factor).squeeze(-1)
+    return (rate + spread * (solved @ correlation.T)).clamp(*_CONDITIONAL_RANGE)
+
+
+def _override(probabilities: Tensor, observed: Tensor) -> Tensor:
+    return torch.where(observed == 0, probabilities, (observed > 0).to(probabilities.dtype))
+
+
+def _clamped_logit(probabilities: Tensor) -> Tensor:
+    return torch.logit(probabilities.clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY))

@@ -1,0 +1,88 @@
+"""What a run is made from before it starts: card, towers, views, cached features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scinet.data import card as data_card
+from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
+from scinet.data.card import SPLITS, DataCard
+from scinet.data.views import VIEW_NAMES, Views
+from scinet.distributed import Ranks, first_rank_first
+from scinet.evaluation.evaluator import PlainSplit
+from scinet.model import backbone as model_backbone
+from scinet.model import features as model_features
+from scinet.model.backbone import Backbone
+from scinet.model.network import Network
+from scinet.options import Method, Options
+from scinet.paths import cache_directory
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Shared by all runs on the same data, backbone and views."""
+
+    card: DataCard
+    backbone: Backbone
+    views: Views
+    features: dict[str, Features] = field(default_factory=dict)
+
+    def training(self, options: Options, share: Share) -> BatchSource:
+        """Return the batches of the training split; baselines see the weak view only."""
+        names = VIEW_NAMES if options.method is Method.scinet else VIEW_NAMES[:1]
+        if "train" in self.features:
+            return FeatureBatches(self.features["train"], options.data, len(names), share, options.seed)
+        return ImageBatches(self.card, options.data, self.views, names, share, options.seed)
+
+    def plain(self, split: str) -> PlainSplit:
+        """Return a split for evaluation."""
+        return PlainSplit(self.card, split, self.views, self.features.get(split))
+
+    def network(self, options: Options) -> Network:
+        """Return an untrained network, which is the zero-shot classifier."""
+        return Network(
+            self.backbone, self.card.class_names, options.model, top_k=options.correlation.graph_top_k
+        )
+
+
+def check(options: Options) -> DataCard:
+    """Return the data card, before anything heavy is loaded.
+
+    Raises:
+        ConfigError: if the folder is missing.
+        DataError: if it is damaged.
+    """
+    return data_card.read(Path(options.data.path), prepare=options.data.prepare)
+
+
+def gather(options: Options, ranks: Ranks, progress: Callable[[str, int, int], None]) -> Materials:
+    """Load, and where needed compute, everything a run is made from. Collective.
+
+    Raises:
+        ConfigError: if data or weights cannot be had.
+        DataError: if a shard or an image is damaged.
+    """
+    card = check(options)
+    cache = cache_directory(options.data.cache_dir)
+    backbone: Backbone = first_rank_first(lambda: model_backbone.load(options.model, cache), ranks)
+    backbone.image.to(ranks.device)
+    backbone.text.to(ranks.device)
+    views = Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)
+    materials = Materials(card, backbone, views)
+    if options.data.cache_features:
+        network = materials.network(options).to(ranks.device)
+        for split in SPLITS:
+            materials.features[split] = model_features.ensure(
+                network,
+                card,
+                split,
+                options,
+                views,
+                ranks,
+                weights_sha256=backbone.weights_sha256,
+                cache=cache,
+                progress=lambda done, total, split=split: progress(f"features of {split}", done, total),  # type: ignore[misc]
+            )
+    return materials

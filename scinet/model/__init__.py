@@ -1,0 +1,1 @@
+"""Towers, prompter, label graph, teacher; knows no data."""

@@ -1,0 +1,246 @@
+"""Towers through open_clip: any name and tag it knows, a weights file, or the embedded default.
+
+Shapes: B images, C classes, T tokens, W token width, F image features, R regions, D embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from scinet.data.views import Normalisation
+from scinet.errors import ConfigError, nearest
+from scinet.model import embedded
+from scinet.options import ModelOptions
+
+_log = logging.getLogger(__name__)
+
+
+class ImageTower(nn.Module):
+    """Images to features, and features to embeddings.
+
+    ``trunk`` is what ``model.freeze_image`` freezes; ``projection`` trains in any case.
+    """
+
+    def __init__(self, trunk: nn.Module, projection: nn.Module, *, has_regions: bool) -> None:
+        """Take the parts of an open_clip image tower."""
+        super().__init__()
+        self.trunk, self.projection, self._has_regions = trunk, projection, has_regions
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return pooled features [B, F] and, where the tower has a feature map, those of its regions [B, R, F].
+
+        Args:
+            images: [B, 3, H, W], normalised.
+        """
+        if not self._has_regions:
+            return self.trunk(images), None
+        trunk = cast(Any, self.trunk)
+        grid = trunk.forward_features(images)
+        return trunk.forward_head(grid), grid.flatten(2).transpose(1, 2)
+
+
+class TextTower(nn.Module):
+    """The frozen text tower; context vectors may stand in for the first words of a prompt."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        """Take an open_clip model, whose image tower is dropped, and its tokenizer."""
+        super().__init__()
+        self._model, self._tokenizer = model, tokenizer
+        self._embedding = _token_embedding(model)
+        # open_clip's own transformers need the full context length, those of transformers mask their padding
+        self._is_trimmable = hasattr(getattr(model, "text", None), "config")
+        self.requires_grad_(False)
+        self.eval()
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Return token ids [C, T] int64."""
+        tokens = cast(Tensor, self._tokenizer(list(texts)))
+        if not self._is_trimmable:
+            return tokens
+        return tokens[:, : int((tokens != tokens[:, -1:]).sum(1).max()) + 1]
+
+    def count_words(self, context: str) -> int:
+        """Return how many tokens the context takes, between the start and the end mark."""
+        tokens = cast(Tensor, self._tokenizer([context, ""]))
+        padding = tokens[1, -1]
+        return int((tokens[0] != padding).sum() - (tokens[1] != padding).sum())
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the token embeddings [..., W]."""
+        return cast(Tensor, self._embedding(tokens))
+
+    def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return text embeddings [C, D].
+
+        Args:
+            tokens: [C, T].
+            context: [m, W], used instead of the embeddings of tokens 1 to m; differentiable.
+        """
+        encode = cast(Any, self._model).encode_text
+        if context is None:
+            return cast(Tensor, encode(tokens))
+        with _replaced(self._embedding, context):
+            return cast(Tensor, encode(tokens))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Both towers, and what has to be known about them."""
+
+    image: ImageTower
+    text: TextTower
+    feature_width: int
+    width: int
+    logit_scale: float
+    normalisation: Normalisation
+    name: str
+    weights_sha256: str
+
+
+@contextlib.contextmanager
+def _replaced(embedding: nn.Module, context: Tensor) -> Iterator[None]:
+    """Overwrite tokens 1 to m of whatever ``embedding`` returns: works for every text tower open_clip has."""
+
+    def put(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        words = context.to(output.dtype).expand(output.shape[0], -1, -1)
+        return torch.cat([output[:, :1], words, output[:, 1 + len(context) :]], dim=1)
+
+    handle = embedding.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _token_embedding(model: nn.Module) -> nn.Module:
+    text = getattr(model, "text", model)
+    if hasattr(text, "token_embedding"):
+        return cast(nn.Module, text.token_embedding)
+    return cast(nn.Module, text.transformer.get_input_embeddings())
+
+
+def load(options: ModelOptions, cache: Path) -> Backbone:
+    """Return the pretrained towers.
+
+    Args:
+        options: ``backbone`` and ``pretrained`` as open_clip's model name and tag, a weights file, or ``embedded``.
+        cache: folder of derived files.
+
+    Raises:
+        ConfigError: for an unknown name or tag, or weights that cannot be had; never returns untrained towers.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.backbone == "embedded" or not _reaches_hub():
+        # read when huggingface_hub is imported: without it each missing file costs five silent retries
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.backbone == "embedded":
+        if options.pretrained != "embedded":
+            raise ConfigError(f"model.pretrained is '{options.pretrained}', but model.backbone=embedded has its own weights")
+        folder = embedded.ensure(cache)
+        weights, name, tag = folder / "open_clip_model.safetensors", f"local-dir:{folder}", None
+    else:
+        name, tag = options.backbone, options.pretrained
+        weights = _check_name(name, tag)
+    model, tokenizer = _create(name, tag, options)
+    return _split(model, tokenizer, options, _hash(weights) if weights else f"{name}:{tag}")
+
+
+def _reaches_hub() -> bool:
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
+    try:
+        with socket.create_connection((host, 443), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _check_name(name: str, tag: str) -> Path | None:
+    import open_clip
+
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+        if not files:
+            raise ConfigError(f"model.backbone={name}: the folder holds no weights (*.safetensors)")
+        return files[0]
+    if name.startswith("hf-hub:"):
+        return None
+    known = open_clip.list_models()
+    if name.replace("/", "-") not in known:
+        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, ['embedded', *known])}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag in tags:
+        return None
+    path = Path(tag)
+    if not tag or tag == "embedded" or not path.is_file():
+        raise ConfigError(
+            f"model.pretrained='{tag}' is neither a file nor a tag of {name}{nearest(tag, tags)} "
+            f"(tags: {', '.join(tags) or 'none'}; or pass a weights file, or model.backbone=embedded)"
+        )
+    return path
+
+
+def _create(name: str, tag: str | None, options: ModelOptions) -> tuple[nn.Module, Any]:
+    import open_clip
+
+    # open_clip reports each of its choices on the root logger, and its errors there again before it raises them
+    logging.disable(logging.ERROR)
+    size = options.image_size if not name.startswith("local-dir:") else None
+    try:
+        model = open_clip.create_model(name, pretrained=tag, require_pretrained=True, force_image_size=size)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the weights of model.backbone={name}, model.pretrained={tag} cannot be had: {reason}; pass a weights "
+            "file as model.pretrained, or set model.backbone=embedded model.pretrained=embedded, which needs no network"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return model, tokenizer
+
+
+def _split(model: nn.Module, tokenizer: Any, options: ModelOptions, weights_sha256: str) -> Backbone:
+    visual = cast(Any, model).visual
+    preprocess = visual.preprocess_cfg
+    projection = getattr(getattr(visual, "head", None), "proj", None)
+    if isinstance(projection, nn.Linear) and hasattr(visual, "trunk"):
+        tower = ImageTower(visual.trunk, projection, has_regions=visual.trunk.feature_info is not None)
+        feature_width, width = projection.in_features, projection.out_features
+    else:
+        width = feature_width = int(visual.output_dim)
+        tail: nn.Module = nn.Identity()
+        if options.freeze_image:
+            tail = nn.Linear(width, width, bias=False)
+            nn.init.eye_(tail.weight)
+        tower = ImageTower(visual, tail, has_regions=False)
+    tower.eval()
+    scale = float(cast(Any, model).logit_scale.detach().exp())
+    del cast(Any, model).visual
+    return Backbone(
+        image=tower,
+        text=TextTower(model, tokenizer),
+        feature_width=feature_width,
+        width=width,
+        logit_scale=scale,
+        normalisation=Normalisation(tuple(preprocess["mean"]), tuple(preprocess["std"])),
+        name=options.backbone,
+        weights_sha256=weights_sha256,
+    )
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

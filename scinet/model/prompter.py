@@ -1,0 +1,71 @@
+"""The bi-dominant prompter: learned context on the text side, and cross attention both ways (method.md section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from scinet.model.backbone import TextTower
+from scinet.options import ModelOptions, Prompt
+
+
+class Prompter(nn.Module):
+    """Class names in a context become text embeddings [C, D]; the context vectors may be trained."""
+
+    def __init__(self, text: TextTower, class_names: tuple[str, ...], options: ModelOptions) -> None:
+        """Tokenise the prompts and start the context vectors at the words of ``options.context``."""
+        super().__init__()
+        prompts = [f"{options.context} {name.replace('_', ' ')}." for name in class_names]
+        tokens = text.tokenize(prompts)
+        with torch.no_grad():
+            self.register_buffer("fixed", text(tokens).float(), persistent=False)
+            words = text.embed_tokens(tokens[0, 1 : 1 + text.count_words(options.context)]).float()
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.context = nn.Parameter(words.clone()) if options.prompt is Prompt.learned else None
+
+    def forward(self, text: TextTower) -> Tensor:
+        """Return the text embeddings [C, D] fp32, not normalised."""
+        fixed: Tensor = self.get_buffer("fixed")
+        if self.context is None:
+            return fixed
+        return text(self.get_buffer("tokens"), self.context).float()
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention behind a gate that starts at zero.
+
+    Queries are shared by all images, or keys are: either way the projections run once on what is shared.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Take the width D and the number of heads, which must divide it."""
+        super().__init__()
+        self._heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return what is added to the queries.
+
+        Args:
+            queries: [B or 1, Q, D].
+            keys: [B or 1, K, D]; also the values.
+
+        Returns:
+            [B, Q, D], or [B, 1, D] where there is one key, which every query attends to fully.
+        """
+        dtype = self.query.weight.dtype
+        keys = keys.to(dtype)
+        values = self.value(keys)
+        if keys.shape[1] > 1:
+            heads = [self._split(x) for x in (self.query(queries.to(dtype)), self.key(keys), values)]
+            batch = max(len(queries), len(keys))
+            heads = [x.expand(batch, -1, -1, -1) for x in heads]
+            values = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return (self.gate * self.out(values)).float()
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self._heads, -1)).transpose(1, 2)

@@ -1,0 +1,217 @@
+"""The configuration tree: one dataclass a section, every field typed, documented and bounded.
+
+The defaults below are the whole default configuration; a YAML file holds only what differs (design.md,
+configuration). Greek letters in the descriptions are the symbols of ``method.md``.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, description: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """Return a dataclass field with its description and, for numbers, the closed range it must lie in."""
+    metadata = {"description": description, "low": low, "high": high}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Method(enum.Enum):
+    """What is trained: SCINet, or a baseline under the same protocol."""
+
+    scinet = "scinet"
+    bce = "bce"
+    assume_negative = "assume_negative"
+    zero_shot = "zero_shot"
+
+
+class Profile(enum.Enum):
+    """``paper``: everything in method.md; ``release``: the trunk that the authors released (method.md section 5)."""
+
+    paper = "paper"
+    release = "release"
+
+
+class Prompt(enum.Enum):
+    """``learned``: context vectors are trained; ``fixed``: the words of ``model.context`` as they are."""
+
+    learned = "learned"
+    fixed = "fixed"
+
+
+class BiDominant(enum.Enum):
+    """``late``: image and text embeddings attend to each other before the classifier; ``none``: they do not."""
+
+    none = "none"
+    late = "late"
+
+
+class Combine(enum.Enum):
+    """How the unified confidence is formed (method.md section 3)."""
+
+    evidence = "evidence"
+    linear = "linear"
+
+
+class Bandwidth(enum.Enum):
+    """``constant``: ``fusion.bandwidth_value``; ``adaptive``: the distance to the k-th neighbour."""
+
+    constant = "constant"
+    adaptive = "adaptive"
+
+
+class CorrelationSource(enum.Enum):
+    """Where the label correlation comes from (method.md section 3)."""
+
+    text = "text"
+    confidence = "confidence"
+    shrunk = "shrunk"
+
+
+class Memory(enum.Enum):
+    """``dense`` keeps the confidence of every training sample (fp16); ``none`` keeps none (needs momentum 0)."""
+
+    dense = "dense"
+    none = "none"
+
+
+class Precision(enum.Enum):
+    """Arithmetic of the towers; logits, losses and fusion are always fp32. ``auto``: bf16 on a GPU, else fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which shards are read, how they are masked and in which order they come."""
+
+    path: str = option("data/scenes", "folder with dataset.json and the shards, as written by `scinet data build`")
+    prepare: str = option("scinet data build scenes --out data/scenes", "the command that makes that folder")
+    known_ratio: float = option(0.3, "share of the (image, class) cells whose label is known", low=0.0, high=1.0)
+    single_positive: bool = option(False, "keep one positive an image and nothing else, instead of known_ratio")
+    mask_seed: int = option(0, "seed of the label mask; masks of one seed are nested over known_ratio", low=0)
+    lanes: int = option(16, "logical streams an epoch is cut into; ranks x workers must divide it", low=1, high=4096)
+    workers: int = option(0, "loader processes a rank", low=0, high=64)
+    smallest_crop: float = option(0.5, "smallest share of the area that a random crop keeps", low=0.01, high=1.0)
+    shuffle_window: int = option(512, "samples a lane shuffles among", low=1)
+    cache_features: bool = option(False, "train on cached features of a frozen image tower (needs freeze_image)")
+    cached_variants: int = option(4, "augmented variants of each view in that cache", low=1, high=256)
+    cache_dir: str = option("", "where derived files go; empty: $XDG_CACHE_HOME/scinet")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The towers and what is trained on top of them."""
+
+    backbone: str = option("embedded", "an open_clip model name, or `embedded`: the towers that come out of packages")
+    pretrained: str = option("embedded", "an open_clip tag, a weights file, or `embedded`")
+    image_size: int = option(224, "side of the square input, pixels", low=32, high=1024)
+    freeze_image: bool = option(False, "keep the image tower as it is and train a projection after it")
+    prompt: Prompt = option(Prompt.learned, "whether the context vectors are trained")
+    context: str = option("a photo of a", "words that the context vectors start from")
+    bi_dominant: BiDominant = option(BiDominant.late, "cross attention between image and text embeddings")
+    attention_heads: int = option(4, "heads of that attention; must divide the embedding width", low=1)
+    label_graph: bool = option(True, "graph convolutions over the label correlation on the text side")
+    logit_scale: float = option(10.0, "s in z = s cos(f, t) + b; 0 takes the backbone's own", low=0.0, high=200.0)
+    learned_bias: bool = option(True, "train b, started at the label density; false: b = 0")
+
+
+@dataclass(frozen=True)
+class CorrelationOptions:
+    """The Pearson label correlation (method.md section 3)."""
+
+    source: CorrelationSource = option(CorrelationSource.shrunk, "text prior, observed, or observed shrunk to the text")
+    shrinkage: float = option(100.0, "n_0: co-observations that weigh as much as the text prior", low=0.0)
+    unknown_weight: float = option(0.25, "weight of an unknown cell against a known one", low=0.0, high=1.0)
+    memory_epochs: float = option(1.0, "exponential forgetting: epochs after which a sample weighs 1/e", low=0.01)
+    graph_top_k: int = option(20, "entries kept in a row of the label graph", low=1)
+    temperature: float = option(0.3, "T of the row softmax over the kept entries", low=0.01)
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """The cross-modality fusion module: one confidence matrix Q (method.md section 3)."""
+
+    enabled: bool = option(True, "false: Q is the teacher's probability, known cells override")
+    combine: Combine = option(Combine.evidence, "evidence: log-odds of known labels; linear: the literal reading")
+    instance_weight: float = option(1.0, "l_n: weight of the instance-similarity term", low=0.0)
+    label_weight: float = option(1.0, "l_q: weight of the label-correlation term", low=0.0)
+    momentum: float = option(0.0, "mu: share of the sample's previous confidence", low=0.0, high=1.0)
+    bandwidth: Bandwidth = option(Bandwidth.constant, "constant, or the distance to the k-th neighbour")
+    bandwidth_value: float = option(0.3, "sigma on unit vectors", low=1e-3)
+    bandwidth_neighbours: int = option(10, "k of the adaptive bandwidth", low=1)
+    radius: float = option(2.0, "samples farther apart than this are no neighbours; 2 keeps all unit vectors", low=0.0)
+    bank_size: int = option(8192, "M: samples of past batches kept as neighbours", low=0)
+    prior_strength: float = option(0.05, "a: weight of the class prior in the neighbour vote", low=1e-6)
+    label_shrinkage: float = option(30.0, "co-observations at which a known-cell correlation is halved", low=0.0)
+    label_noise: float = option(0.3, "V: noise variance of a known label in the conditional expectation", low=1e-4)
+    memory: Memory = option(Memory.none, "keep every sample's confidence (needed by momentum > 0)")
+    memory_budget_mb: int = option(2048, "largest confidence memory allowed, MiB", low=0)
+    differentiable: bool = option(False, "fuse the student's medium view and let gradients through the neighbour term")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The objective (method.md section 5) and the pseudo-labels (section 4)."""
+
+    unlabelled_weight: float = option(0.125, "lambda_u: weight of the consistency losses", low=0.0)
+    distillation_weight: float = option(1.0, "kappa: weight of self-distillation within them", low=0.0)
+    soft_target_weight: float = option(1.0, "w_u: weight of unknown cells' soft targets", low=0.0)
+    warmup_fraction: float = option(0.25, "share of the steps before soft targets and consistency begin", low=0.0, high=1.0)
+    focal_gamma: float = option(2.0, "gamma of the focal-margin loss", low=0.0)
+    margin: float = option(1.0, "margin of the focal-margin loss on positives", low=0.0)
+    hard_k: int = option(5, "K: classes of an image that can become pseudo-positive", low=1)
+    threshold_window: int = option(2048, "n: samples over which pseudo-positives are counted", low=1)
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW under a one-cycle schedule (method.md section 6)."""
+
+    learning_rate: float = option(4e-5, "peak, for the image tower, the prompts and the attention", low=0.0)
+    graph_learning_rate: float = option(2e-4, "peak, for the label graph", low=0.0)
+    head_learning_rate: float = option(1e-3, "peak, for a projection on a frozen tower and for the bias", low=0.0)
+    weight_decay: float = option(1e-4, "on matrices; vectors have none", low=0.0)
+    warmup_share: float = option(0.2, "share of the steps before the peak", low=0.0, high=0.95)
+    gradient_clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0.0)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long, in which batches, and what is written on the way."""
+
+    epochs: int = option(10, "passes over the training split", low=1)
+    global_batch_size: int = option(128, "samples a step over all ranks and accumulation steps", low=1)
+    accumulation_steps: int = option(1, "micro-batches a step; each sees its own micro-batch in the fusion", low=1)
+    max_steps: int = option(0, "stop after this many steps; 0: after the epochs", low=0)
+    precision: Precision = option(Precision.auto, "arithmetic of the towers")
+    ema_per_epoch: float = option(0.82, "share of the teacher that an epoch keeps", low=0.0, high=1.0)
+    log_every_steps: int = option(10, "steps between two lines of metrics.jsonl", low=1)
+    evaluate_every_epochs: int = option(1, "epochs between two evaluations on the hold-out", low=1)
+    collective_timeout_s: int = option(600, "longest wait for another rank", low=1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The whole configuration of a run."""
+
+    name: str = option("run", "name of the run; its directory is <output>/<name>")
+    output: str = option("runs", "folder of the run directories")
+    method: Method = option(Method.scinet, "scinet, or a baseline under the same protocol")
+    profile: Profile = option(Profile.paper, "paper: all of method.md; release: the released trunk")
+    seed: int = option(0, "seed of initialisation, order and augmentation", low=0)
+    resume: bool = option(False, "go on with the run that the directory holds")
+    baseline: str = option("", "directory of a finished run whose result the page shows beside this one's")
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    correlation: CorrelationOptions = field(default_factory=CorrelationOptions)
+    fusion: FusionOptions = field(default_factory=FusionOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    deepspeed: dict[str, Any] = option({}, "DeepSpeed's own configuration, passed through as it is")

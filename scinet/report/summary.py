@@ -1,0 +1,92 @@
+"""The page of one run: picks what to show from its evaluation, history and test images."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scinet.data.card import DataCard
+from scinet.data.stream import Order, SampleStream
+from scinet.evaluation.evaluator import Scores
+from scinet.options import Options
+from scinet.report.page import Example, write_report
+from scinet.rundir import RunDirectory
+
+_NUM_EXAMPLES = 12
+_TOP = 5
+
+
+def write(
+    directory: RunDirectory,
+    options: Options,
+    card: DataCard,
+    evaluation: dict[str, Any],
+    history: list[dict[str, Any]],
+    scores: Scores,
+    correlation: Tensor | None,
+) -> Path:
+    """Write ``report.html`` of a run and return its path.
+
+    Args:
+        directory: of the run.
+        options: of the run.
+        card: of its data.
+        evaluation: what ``evaluation.json`` holds.
+        history: rows of ``metrics.jsonl``.
+        scores: of the test split, by the model the page is about.
+        correlation: [C, C], or None for a baseline.
+    """
+    shown = evaluation["selected"]["teacher"] if "selected" in evaluation else evaluation["zero_shot"]
+    return write_report(
+        directory.path,
+        title=f"{options.name}: {options.method.value} on {card.name}, {options.data.known_ratio:.0%} of labels known",
+        summary=_headline(options, evaluation),
+        history=history,
+        class_names=list(card.class_names),
+        evaluation=shown,
+        scores=scores.probabilities.numpy(),
+        truth=scores.truth.numpy(),
+        label_correlation=None if correlation is None else correlation.numpy(),
+        examples=_examples(card, scores),
+    )
+
+
+def _headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    if "selected" in evaluation:
+        selected, last = evaluation["selected"], evaluation["last"]
+        rows = [
+            ("Test mAP, teacher at the selected epoch", _map(selected["teacher"])),
+            ("Test mAP, student at the selected epoch", _map(selected["student"])),
+            ("Test mAP, teacher at the last step", _map(last["teacher"])),
+        ]
+    if options.baseline:
+        path = Path(options.baseline) / "evaluation.json"
+        if path.is_file():
+            baseline = json.loads(path.read_text(encoding="utf-8"))
+            rows.append((f"Test mAP of the baseline {Path(options.baseline).name}", _map(baseline["selected"]["teacher"])))
+    rows.append(("Zero-shot test mAP, before training", _map(evaluation["zero_shot"])))
+    rows.append(("Chance (mean class frequency)", f"{evaluation['zero_shot']['chance']:.1f}"))
+    return rows
+
+
+def _map(metrics: dict[str, Any]) -> str:
+    return f"{metrics['mean_average_precision']:.1f}"
+
+
+def _examples(card: DataCard, scores: Scores) -> list[Example]:
+    samples = islice(SampleStream(card, "test", Order(0, 0, 1, 0)), _NUM_EXAMPLES)
+    examples = []
+    for sample, probabilities in zip(samples, scores.probabilities, strict=False):
+        best = probabilities.topk(min(_TOP, card.num_classes))
+        predicted = [
+            (card.class_names[label], value)
+            for label, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        truth = [name for name, label in zip(card.class_names, sample.truth.tolist(), strict=True) if label > 0]
+        examples.append(Example(sample.image, sample.sample_id, truth, predicted))
+    return examples

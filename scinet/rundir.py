@@ -1,0 +1,150 @@
+"""A run directory that explains itself: configuration, environment, metrics, checkpoints, evaluation, page."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from scinet import config
+from scinet.errors import CheckpointError, ConfigError, nearest
+from scinet.options import Options
+
+_PACKAGES = ("scinet", "torch", "torchvision", "deepspeed", "webdataset", "open_clip_torch", "timm", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """The result; its presence means the run is finished."""
+        return self.path / "evaluation.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Weights and state."""
+        return self.path / "checkpoints"
+
+
+def create(options: Options) -> RunDirectory:
+    """Make the directory of a new run, or return that of the run to resume; call on one rank only.
+
+    Raises:
+        ConfigError: if the directory holds a run already and ``resume`` is not set, or cannot be written.
+    """
+    run = RunDirectory(Path(options.output) / options.name)
+    if run.config.exists():
+        _check_resumable(run, options)
+        return run
+    if run.path.exists() and any(run.path.iterdir()):
+        raise ConfigError(f"{run.path} exists and is no run of scinet: set another name, nothing was overwritten")
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write the run directory {run.path}: {error.strerror}") from error
+    return run
+
+
+def _check_resumable(run: RunDirectory, options: Options) -> None:
+    if not options.resume:
+        state = "a finished" if run.evaluation.exists() else "an unfinished"
+        raise ConfigError(
+            f"{run.path} holds {state} run: set resume=true to go on with it, or name=OTHER to start another; "
+            "nothing was overwritten"
+        )
+    stored = config.load(run.config)
+    changed = [
+        key
+        for key, _, _ in config.fields()
+        if key not in ("resume", "output", "baseline") and _value(stored, key) != _value(options, key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run.path} was started with {changed[0]}={_value(stored, changed[0])}, now it is "
+            f"{_value(options, changed[0])}: resume with the same configuration, or set another name"
+        )
+
+
+def _value(options: Options, key: str) -> Any:
+    value: Any = options
+    for part in key.split("."):
+        value = getattr(value, part)
+    return getattr(value, "value", value)
+
+
+def describe(run: RunDirectory, options: Options, *, weights_sha256: str, card_sha256: str, world_size: int) -> None:
+    """Write ``config.yaml`` and ``environment.json`` before the first step."""
+    write_text(run.config, config.to_yaml(options))
+    environment = {
+        "command": [sys.executable, *sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_revision": _git_revision(),
+        "world_size": world_size,
+        "weights_sha256": weights_sha256,
+        "data_card_sha256": card_sha256,
+    }
+    write_text(run.path / "environment.json", json.dumps(environment, indent=1) + "\n")
+
+
+def find(path: Path) -> tuple[RunDirectory, Options]:
+    """Return an existing run and its configuration.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        beside = [str(found) for found in path.parent.glob("*") if (found / "config.yaml").is_file()]
+        raise CheckpointError(f"{path} is no run directory: it has no config.yaml{nearest(str(path), beside)}")
+    return run, config.load(run.config)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,150 @@
+"""One run from configuration to page: prepare, train, select, evaluate, report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scinet import checkpoint, materials, rundir
+from scinet.distributed import Ranks, from_first_rank, initialise, shut_down
+from scinet.evaluation.evaluator import Scores
+from scinet.evaluation.metrics import evaluate
+from scinet.materials import Materials
+from scinet.model.network import Output
+from scinet.options import Method, Options
+from scinet.report import summary
+from scinet.rundir import RunDirectory
+from scinet.telemetry import MetricsLog, Silence, Terminal, Voice, configure_logging
+from scinet.trainer import Trainer
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Carry out a configuration in its run directory and return the evaluation. Collective.
+
+    Raises:
+        ScinetError: in the user's terms; what was written before stays.
+    """
+    materials.check(options)
+    ranks = initialise(options.train.collective_timeout_s)
+    configure_logging(ranks.is_first)
+    try:
+        with _voice(ranks) as voice:
+            return _run(options, ranks, voice)
+    finally:
+        shut_down()
+
+
+@contextlib.contextmanager
+def _voice(ranks: Ranks) -> Iterator[Voice]:
+    if not ranks.is_first:
+        yield Silence()
+        return
+    with Terminal() as terminal:
+        yield terminal
+
+
+def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
+    started = time.monotonic()
+    directory: RunDirectory = from_first_rank(lambda: rundir.create(options), ranks)
+    voice.say(f"{options.method.value} ({options.profile.value}) on {options.data.path}, {ranks.world_size} rank(s)")
+    made = materials.gather(options, ranks, voice.progress)
+    if ranks.is_first and not directory.config.exists():
+        rundir.describe(
+            directory,
+            options,
+            weights_sha256=made.backbone.weights_sha256,
+            card_sha256=made.card.sha256,
+            world_size=ranks.world_size,
+        )
+    evaluation: dict[str, Any] = {"class_names": list(made.card.class_names), "zero_shot": zero_shot(options, made, ranks)}
+    chance = evaluation["zero_shot"]["chance"]
+    voice.say(f"zero-shot mAP {evaluation['zero_shot']['mean_average_precision']:.1f} (chance {chance:.1f})")
+    if options.method is Method.zero_shot:
+        scores = made.plain("test").score(made.network(options).to(ranks.device).eval().__call__, ranks)
+        correlation = None
+        history: list[dict[str, Any]] = []
+    else:
+        log = MetricsLog(directory.metrics if ranks.is_first else None)
+        scores, correlation = _train(options, made, ranks, voice, directory, log, evaluation)
+        history = log.rows
+    evaluation["seconds"] = time.monotonic() - started
+    if ranks.is_first:
+        rundir.write_text(directory.evaluation, json.dumps(evaluation, indent=1) + "\n")
+        page = summary.write(directory, options, made.card, evaluation, history, scores, correlation)
+        _say_result(voice, evaluation, page)
+    return evaluation
+
+
+def zero_shot(options: Options, made: Materials, ranks: Ranks) -> dict[str, Any]:
+    """Return the metrics of the untrained network on the test split. Collective."""
+    network = made.network(options).to(ranks.device).eval()
+    return judge(made.plain("test").score(lambda inputs: _untrained(network, inputs), ranks))
+
+
+def _untrained(network: torch.nn.Module, inputs: Tensor) -> Output:
+    output: Output = network(inputs)
+    return output
+
+
+def judge(scores: Scores) -> dict[str, Any]:
+    """Return the metrics of scores as a JSON tree."""
+    return evaluate(scores.probabilities, scores.truth).to_json()
+
+
+def _train(
+    options: Options,
+    made: Materials,
+    ranks: Ranks,
+    voice: Voice,
+    directory: RunDirectory,
+    log: MetricsLog,
+    evaluation: dict[str, Any],
+) -> tuple[Scores, Tensor | None]:
+    """Train and fill in the evaluation; return the selected teacher's test scores and the label correlation."""
+    trainer = Trainer(options, made, ranks, log, voice)
+    if options.resume and checkpoint.load_state(directory, trainer, ranks):
+        voice.say(f"resumed after epoch {trainer.progress.epoch} at step {trainer.progress.step}")
+    every = options.train.evaluate_every_epochs
+    for epoch in trainer.epochs():
+        is_last = trainer.progress.step >= trainer.total_steps
+        if (epoch + 1) % every == 0 or is_last:
+            if trainer.evaluate_holdout(epoch):
+                checkpoint.save_selected(directory, trainer, made.card.class_names, ranks)
+            checkpoint.save_state(directory, trainer, ranks)
+    evaluation["last"] = {
+        "step": trainer.progress.step,
+        "teacher": judge(trainer.score("test", use_teacher=True)),
+        "student": judge(trainer.score("test", use_teacher=False)),
+    }
+    selected = {}
+    scores = None
+    for who in ("student", "teacher"):
+        network = made.network(options).to(ranks.device).eval()
+        checkpoint.load_into(network, directory.checkpoints / "selected" / f"{who}.safetensors")
+        scores = made.plain("test").score(lambda inputs, network=network: _untrained(network, inputs), ranks)
+        selected[who] = judge(scores)
+    evaluation["selected"] = {
+        "epoch": trainer.progress.best_epoch,
+        "holdout_map": trainer.progress.best_map,
+        **selected,
+    }
+    assert scores is not None
+    correlation = None if trainer.fusion is None else trainer.fusion.correlation.shrunk().cpu()
+    return scores, correlation
+
+
+def _say_result(voice: Voice, evaluation: dict[str, Any], page: Path) -> None:
+    if "selected" in evaluation:
+        for moment in ("selected", "last"):
+            teacher, student = (
+                evaluation[moment][who]["mean_average_precision"] for who in ("teacher", "student")
+            )
+            voice.say(f"test mAP, {moment} epoch: teacher {teacher:.2f}, student {student:.2f}")
+    voice.say(f"done in {evaluation['seconds']:.0f} s: {page}")

@@ -1,0 +1,158 @@
+"""Evaluate a finished run, and label images that it has never seen."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from scinet.errors import ConfigError, DataError, nearest
+from scinet.options import Options
+from scinet.rundir import RunDirectory, find
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_BATCH = 32
+
+
+def print_evaluation(path: Path, data: Path | None, split: str, *, as_json: bool) -> None:
+    """Print the metrics of a run's selected weights on a split.
+
+    Raises:
+        CheckpointError: if the run has no selected weights.
+        ConfigError: if the data are missing or have other classes.
+    """
+    import torch
+
+    from scinet.data import card as data_card
+    from scinet.data.views import Views
+    from scinet.distributed import Ranks
+    from scinet.evaluation.evaluator import PlainSplit
+    from scinet.evaluation.metrics import evaluate
+
+    run, options = find(path)
+    if split not in data_card.SPLITS:
+        raise ConfigError(f"--split is '{split}', expected one of {', '.join(data_card.SPLITS)}")
+    card = data_card.read(data or Path(options.data.path), prepare=options.data.prepare)
+    class_names = _class_names(run)
+    if card.class_names != class_names:
+        raise ConfigError(
+            f"{card.directory} has the classes {', '.join(card.class_names[:5])} ... ({card.num_classes}), the run "
+            f"was trained on {', '.join(class_names[:5])} ... ({len(class_names)})"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    views: Views
+    results = {}
+    for who in ("teacher", "student"):
+        network, views = _load(run, options, class_names, who, device)
+        scores = PlainSplit(card, split, views, None).score(network, Ranks(0, 1, device))
+        results[who] = evaluate(scores.probabilities, scores.truth).to_json()
+    if as_json:
+        print(json.dumps({"run": str(path), "data": str(card.directory), "split": split, **results}, indent=1))
+        return
+    print(f"{path} on {card.directory}, {split}: {results['teacher']['num_samples']} images")
+    for who, metrics in results.items():
+        shown = ", ".join(
+            f"{label} {metrics[key]:.2f}"
+            for label, key in (("mAP", "mean_average_precision"), ("CF1", "class_f1"), ("OF1", "overall_f1"))
+            if metrics[key] is not None
+        )
+        partial = " (partial labels: known cells only)" if metrics["is_partial"] else ""
+        print(f"{who}: {shown}{partial}")
+
+
+def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int) -> int:
+    """Print the classes of images and return how many could not be read.
+
+    Raises:
+        CheckpointError: if the run has no selected weights.
+        ConfigError: if a path does not exist, or no image is found.
+    """
+    import torch
+
+    from scinet.data.views import decode
+
+    run, options = find(path)
+    files = list(_files(paths))
+    class_names = _class_names(run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network, views = _load(run, options, class_names, "teacher", device)
+    failures = 0
+    write = _writer(style, class_names, min(top, len(class_names)))
+    for first in range(0, len(files), _BATCH):
+        images, names = [], []
+        for file in files[first : first + _BATCH]:
+            try:
+                images.append(views.plain(decode(file.read_bytes(), str(file))))
+                names.append(file)
+            except (DataError, OSError) as error:
+                failures += 1
+                print(f"skipped: {error}", file=sys.stderr)
+        if images:
+            with torch.no_grad():
+                probabilities = torch.sigmoid(network(torch.stack(images).to(device)).logits).cpu()
+            for name, row in zip(names, probabilities.tolist(), strict=True):
+                write(name, row)
+    if failures:
+        print(f"{failures} of {len(files)} images could not be read", file=sys.stderr)
+    return failures
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    found = False
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+            if not inside:
+                raise ConfigError(f"folder {path} holds no image ({', '.join(_SUFFIXES)})")
+            found = True
+            yield from inside
+        elif path.is_file():
+            found = True
+            yield path
+        else:
+            beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+            raise ConfigError(f"{path} does not exist{nearest(str(path), beside)}")
+    if not found:
+        raise ConfigError("no image was named")
+
+
+def _writer(style: str, class_names: tuple[str, ...], top: int) -> Callable[[Path, list[float]], None]:
+    table: Any = csv.writer(sys.stdout)
+    if style == "csv":
+        table.writerow(["file", *class_names])
+
+    def write(name: Path, row: list[float]) -> None:
+        ranked = sorted(zip(class_names, row, strict=True), key=lambda pair: -pair[1])[:top]
+        if style == "csv":
+            table.writerow([str(name), *(f"{value:.4f}" for value in row)])
+        elif style == "json":
+            print(json.dumps({"file": str(name), "classes": {label: round(value, 4) for label, value in ranked}}))
+        else:
+            print(f"{name}: " + ", ".join(f"{label} {value:.2f}" for label, value in ranked))
+
+    return write
+
+
+def _class_names(run: RunDirectory) -> tuple[str, ...]:
+    path = run.checkpoints / "selected" / "classes.json"
+    if not path.is_file():
+        raise DataError(f"{run.path} has no trained weights yet: {path} is missing")
+    return tuple(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who: str, device: Any) -> tuple[Any, Any]:
+    from scinet import checkpoint
+    from scinet.data.views import Views
+    from scinet.model import backbone as model_backbone
+    from scinet.model.network import Network
+    from scinet.paths import cache_directory
+
+    backbone = model_backbone.load(options.model, cache_directory(options.data.cache_dir))
+    backbone.text.to(device)
+    backbone.image.to(device)
+    network = Network(backbone, class_names, options.model, top_k=options.correlation.graph_top_k).to(device).eval()
+    checkpoint.load_into(network, run.checkpoints / "selected" / f"{who}.safetensors")
+    return network, Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)

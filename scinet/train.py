@@ -1,0 +1,61 @@
+"""Train SCINet or a baseline: ``deepspeed scinet/train.py --config configs/quickstart.yaml key=value ...``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EPILOG = """examples:
+  deepspeed scinet/train.py --config configs/quickstart.yaml
+  deepspeed --num_gpus 2 scinet/train.py --config configs/quickstart.yaml train.epochs=5
+  torchrun --nproc-per-node 2 scinet/train.py --config configs/quickstart.yaml name=two-ranks
+  python scinet/train.py --config configs/quickstart.yaml method=bce name=baseline
+"""
+
+
+def _leave_own_folder() -> None:
+    """Drop ``scinet/`` from the path, where the launcher put it: its modules are no top-level names."""
+    own = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or os.getcwd()) != own]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train SCINet or a baseline on shards made by `scinet data build`.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="a YAML file; without it the defaults hold")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        from scinet import config, running
+        from scinet.errors import ScinetError
+    except ImportError as error:
+        print(f"scinet is not installed in {sys.executable} ({error}): run `pip install -e .`", file=sys.stderr)
+        return 2
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        running.run(config.load(arguments.config, arguments.overrides))
+    except ScinetError as error:
+        if is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    _leave_own_folder()
+    sys.exit(main())
