@@ -68,7 +68,9 @@ def save_selected(run: RunDirectory, trainer: Trainer, class_names: Sequence[str
     student = trainer.student_state()
     if ranks.is_first:
         (run.checkpoints / "selected").mkdir(parents=True, exist_ok=True)
-        write_text(run.checkpoints / "selected" / "classes.json", json.dumps(list(class_names), ensure_ascii=False) + "\n")
+        write_text(
+            run.checkpoints / "selected" / "classes.json", json.dumps(list(class_names), ensure_ascii=False) + "\n"
+        )
         save_weights(run.checkpoints / "selected" / "teacher.safetensors", trainer.teacher.state_dict())
         save_weights(run.checkpoints / "selected" / "student.safetensors", student)
 
@@ -118,4 +120,3 @@ def _read_latest(run: RunDirectory) -> dict[str, Any] | None:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     return latest
-

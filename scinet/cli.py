@@ -6,7 +6,7 @@ Heavy packages are imported inside the commands, so that help and usage errors c
 from __future__ import annotations
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ Holdout = Annotated[float, typer.Option(help="Share of the training images set a
 ShardSamples = Annotated[int, typer.Option(min=1, help="Images a shard.")]
 
 
-class Difficulty(str, Enum):
+class Difficulty(StrEnum):
     """How hard the scenes are to read."""
 
     easy = "easy"
@@ -85,7 +85,9 @@ def build_csv(
     shard_samples: ShardSamples = 128,
 ) -> None:
     """Read a label table: scinet data build csv --labels labels.csv --images DIR --out DIR."""
-    _build_table(labels, images, out, name, classes, negative, unknown, test, shuffle_seed, skip_bad, holdout, shard_samples)
+    _build_table(
+        labels, images, out, name, classes, negative, unknown, test, shuffle_seed, skip_bad, holdout, shard_samples
+    )
 
 
 @build_app.command("jsonl")
@@ -126,7 +128,12 @@ def _build_table(
     options = TableOptions(labels, images, classes, negative, unknown, test, shuffle_seed, skip_bad)
     with _terminal() as terminal:
         card = build_table(
-            options, out, name=name or out.name, holdout=holdout, shard_samples=shard_samples, progress=terminal.progress
+            options,
+            out,
+            name=name or out.name,
+            holdout=holdout,
+            shard_samples=shard_samples,
+            progress=terminal.progress,
         )
         terminal.say(_described(card))
 
@@ -172,6 +179,18 @@ def predict(
     style = "json" if json_ else "csv" if csv_ else "text"
     if serving.print_predictions(run, paths, style=style, top=top):
         raise typer.Exit(1)
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Option("--run", help="A finished run's directory.")]) -> None:
+    """Print a finished run's result, and where its page is: scinet show --run runs/quickstart."""
+    from scinet import rundir
+    from scinet.report import summary
+
+    directory, options = rundir.find(run)
+    for what, value in summary.headline(options, rundir.read_evaluation(directory)):
+        print(f"{value:>6}  {what}")
+    print(f"page: {directory.path / 'report.html'}")
 
 
 @app.command()

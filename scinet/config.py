@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from scinet.errors import ConfigError, nearest
-from scinet.options import BiDominant, Combine, Memory, Method, Options, Profile
+from scinet.options import BiDominant, Memory, Method, Options, Profile
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -33,22 +33,34 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Options:
     Raises:
         ConfigError: naming every unknown key, wrong type and value out of range, or the file that cannot be read.
     """
+    return _checked([*_files(path), *_assignments(overrides)])
+
+
+def _checked(trees: list[tuple[str, dict[str, Any]]]) -> Options:
+    """Return the options of trees, each with the words that say where it stands; later ones win."""
     problems: list[str] = []
     given: dict[str, Any] = {}
-    for origin, tree in [*_files(path), *_assignments(overrides)]:
+    for origin, tree in trees:
         for key, value in _leaves(tree):
             problem = _check_leaf(key, value)
             if problem:
                 problems.append(f"{origin}{problem}")
             else:
-                given[key] = value
+                given[key] = _merged(given.get(key), value)
     if problems:
         raise ConfigError("; ".join(problems))
-    options = _build(Options, given, "")
+    options: Options = _build(Options, given, "")
     problems = list(_relations(options))
     if problems:
         raise ConfigError("; ".join(problems))
     return options
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Return the later value; mappings (DeepSpeed's section) are merged key by key, as the sections of ours are."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
 def to_yaml(options: Options) -> str:
@@ -62,23 +74,24 @@ def replace(options: Options, **changes: Any) -> Options:
     Raises:
         ConfigError: as :func:`load`.
     """
-    given = dict(_leaves(OmegaConf.to_container(OmegaConf.structured(options), enum_to_str=True)))
-    changed = {key.replace("__", "."): value for key, value in changes.items()}
-    return load(overrides=[f"{key}={_quote(value)}" for key, value in {**given, **changed}.items()])
+    whole = OmegaConf.to_container(OmegaConf.structured(options), enum_to_str=True)
+    trees = [("", typing.cast("dict[str, Any]", whole))]
+    for key, value in changes.items():
+        tree: Any = value.value if isinstance(value, enum.Enum) else value
+        for part in reversed(key.split("__")):
+            tree = {part: tree}
+        trees.append(("", tree))
+    return _checked(trees)
 
 
-def _quote(value: Any) -> str:
-    if isinstance(value, enum.Enum):
-        value = value.value
-    return OmegaConf.to_yaml(OmegaConf.create({"v": value})).removeprefix("v:").strip() if value != {} else "{}"
-
-
-def _files(path: Path | None) -> list[tuple[str, dict[str, Any]]]:
+def _files(path: Path | None, below: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     if path is None:
         return []
+    if path.resolve() in below:
+        raise ConfigError(f"{path} extends itself, through {len(below)} file(s): remove one `extends:`")
     tree = read_tree(path)
     parent = tree.pop("extends", None)
-    chain = _files(path.parent / str(parent)) if parent is not None else []
+    chain = _files(path.parent / str(parent), (*below, path.resolve())) if parent is not None else []
     return [*chain, (f"{path}: ", tree)]
 
 
@@ -150,8 +163,10 @@ def _check_leaf(key: str, value: Any) -> str | None:
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         choices = [member.value for member in kind]
         spelled = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        return None if spelled in choices else (
-            f"'{key}' is {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}"
+        return (
+            None
+            if spelled in choices
+            else (f"'{key}' is {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}")
         )
     if not _fits(kind, value):
         return f"'{key}' is {value!r}, expected {_describe(kind)}"
@@ -211,8 +226,3 @@ def _relations(options: Options) -> Iterator[str]:
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if key in options.deepspeed:
             yield f"'deepspeed.{key}' is derived: set 'train.global_batch_size' and 'train.accumulation_steps'"
-
-
-def as_tree(options: Options) -> DictConfig:
-    """Return the options as an OmegaConf tree, for printing and comparing."""
-    return OmegaConf.structured(options)

@@ -61,14 +61,16 @@ def initialise(timeout_s: int) -> Ranks:
         # alone there is nobody to meet: no port, no address; DeepSpeed asks for the variables all the same
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
-        dist.init_process_group("nccl" if has_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl" if has_gpu else "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+        )
     deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", timeout=timeout, auto_mpi_discovery=False)
     return Ranks(rank, world_size, device)
 
 
 def _quieten_deepspeed() -> None:
     """DeepSpeed logs its settings at INFO on every rank; its warnings stay."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scinet.errors import ConfigError
 from scinet.model.network import Network, Output
-from scinet.options import Options, OptimizerOptions, Precision
+from scinet.options import OptimizerOptions, Options, Precision
 
 
 def uses_bf16(options: Options, device: torch.device) -> bool:
@@ -51,7 +51,9 @@ def parameter_groups(network: Network, options: OptimizerOptions) -> list[dict[s
 class Engine:
     """A DeepSpeed engine around the student."""
 
-    def __init__(self, network: Network, options: Options, world_size: int, device: torch.device, total_steps: int) -> None:
+    def __init__(
+        self, network: Network, options: Options, world_size: int, device: torch.device, total_steps: int
+    ) -> None:
         """Build optimiser and schedule and hand them to DeepSpeed. Collective.
 
         Raises:
@@ -77,6 +79,7 @@ class Engine:
             raise ConfigError(f"DeepSpeed refuses the 'deepspeed' section {options.deepspeed}: {error}") from error
         self.network = network
         self._world_size = world_size
+        self._plain_norm = torch.zeros(())
         self.zero_stage = int(self._engine.zero_optimization_stage())
 
     def forward(self, inputs: Tensor) -> Output:
@@ -90,6 +93,10 @@ class Engine:
             loss: this rank's sum over the global batch size; DeepSpeed averages over ranks, hence the factor.
         """
         self._engine.backward(loss * self._world_size)
+        if self.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            # plain gradients: DeepSpeed clips them without keeping their norm
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            self._plain_norm = torch.nn.utils.get_total_norm(gradients)
         self._engine.step()
 
     def train(self, mode: bool) -> None:
@@ -98,7 +105,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Return the norm of the last step's gradient over all ranks, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return float(self._engine.get_global_grad_norm() or self._plain_norm)
 
     def learning_rate(self) -> float:
         """Return the largest learning rate of the groups."""

@@ -42,9 +42,7 @@ class Materials:
 
     def network(self, options: Options) -> Network:
         """Return an untrained network, which is the zero-shot classifier."""
-        return Network(
-            self.backbone, self.card.class_names, options.model, top_k=options.correlation.graph_top_k
-        )
+        return Network(self.backbone, self.card.class_names, options.model, top_k=options.correlation.graph_top_k)
 
 
 def check(options: Options) -> DataCard:

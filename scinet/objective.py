@@ -1,7 +1,7 @@
 """From the outputs of student and teacher to the loss (method.md sections 4, 5 and 7).
 
-Every part is a sum over classes and this rank's samples, divided by the global batch size, so that the sum over ranks is
-the loss of the global batch. Shapes: B rows of this rank, G of the global batch, C classes.
+Every part is a sum over classes and this rank's samples, divided by the global batch size, so that the sum over
+ranks is the loss of the global batch. Shapes: B rows of this rank, G of the global batch, C classes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Objective:
         if options.profile is Profile.release:
             correlation = options.correlation
             graph = propagation(self._fusion.correlation.shrunk(), correlation.graph_top_k, correlation.temperature)
-            confidence = Confidence(probabilities @ graph.T, None, None)
+            confidence = Confidence(probabilities @ graph.T, probabilities, None, None)
         elif options.fusion.differentiable:
             medium = student.embeddings.chunk(3)[1]
             confidence = self._fusion.combine(mine._replace(embeddings=medium), probabilities, everyone)

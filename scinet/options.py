@@ -162,7 +162,9 @@ class LossOptions:
     unlabelled_weight: float = option(0.125, "lambda_u: weight of the consistency losses", low=0.0)
     distillation_weight: float = option(1.0, "kappa: weight of self-distillation within them", low=0.0)
     soft_target_weight: float = option(1.0, "w_u: weight of unknown cells' soft targets", low=0.0)
-    warmup_fraction: float = option(0.25, "share of the steps before soft targets and consistency begin", low=0.0, high=1.0)
+    warmup_fraction: float = option(
+        0.25, "share of the steps before soft targets and consistency begin", low=0.0, high=1.0
+    )
     focal_gamma: float = option(2.0, "gamma of the focal-margin loss", low=0.0)
     margin: float = option(1.0, "margin of the focal-margin loss on positives", low=0.0)
     hard_k: int = option(5, "K: classes of an image that can become pseudo-positive", low=1)

@@ -16,7 +16,17 @@ from scinet import config
 from scinet.errors import CheckpointError, ConfigError, nearest
 from scinet.options import Options
 
-_PACKAGES = ("scinet", "torch", "torchvision", "deepspeed", "webdataset", "open_clip_torch", "timm", "transformers", "numpy")
+_PACKAGES = (
+    "scinet",
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "webdataset",
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,20 @@ def find(path: Path) -> tuple[RunDirectory, Options]:
         beside = [str(found) for found in path.parent.glob("*") if (found / "config.yaml").is_file()]
         raise CheckpointError(f"{path} is no run directory: it has no config.yaml{nearest(str(path), beside)}")
     return run, config.load(run.config)
+
+
+def read_evaluation(run: RunDirectory) -> dict[str, Any]:
+    """Return the result of a finished run.
+
+    Raises:
+        CheckpointError: if the run is not finished.
+    """
+    if not run.evaluation.is_file():
+        raise CheckpointError(
+            f"{run.path} is not finished: it has no {run.evaluation.name}; resume it with resume=true"
+        )
+    evaluation: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    return evaluation
 
 
 def write_text(path: Path, text: str) -> None:

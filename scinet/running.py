@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scinet import checkpoint, materials, rundir
@@ -17,7 +16,6 @@ from scinet.distributed import Ranks, from_first_rank, initialise, shut_down
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.materials import Materials
-from scinet.model.network import Output
 from scinet.options import Method, Options
 from scinet.report import summary
 from scinet.rundir import RunDirectory
@@ -63,11 +61,14 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
             card_sha256=made.card.sha256,
             world_size=ranks.world_size,
         )
-    evaluation: dict[str, Any] = {"class_names": list(made.card.class_names), "zero_shot": zero_shot(options, made, ranks)}
+    evaluation: dict[str, Any] = {
+        "class_names": list(made.card.class_names),
+        "zero_shot": zero_shot(options, made, ranks),
+    }
     chance = evaluation["zero_shot"]["chance"]
     voice.say(f"zero-shot mAP {evaluation['zero_shot']['mean_average_precision']:.1f} (chance {chance:.1f})")
     if options.method is Method.zero_shot:
-        scores = made.plain("test").score(made.network(options).to(ranks.device).eval().__call__, ranks)
+        scores = made.plain("test").score(made.network(options).to(ranks.device).eval(), ranks)
         correlation = None
         history: list[dict[str, Any]] = []
     else:
@@ -85,12 +86,7 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
 def zero_shot(options: Options, made: Materials, ranks: Ranks) -> dict[str, Any]:
     """Return the metrics of the untrained network on the test split. Collective."""
     network = made.network(options).to(ranks.device).eval()
-    return judge(made.plain("test").score(lambda inputs: _untrained(network, inputs), ranks))
-
-
-def _untrained(network: torch.nn.Module, inputs: Tensor) -> Output:
-    output: Output = network(inputs)
-    return output
+    return judge(made.plain("test").score(network, ranks))
 
 
 def judge(scores: Scores) -> dict[str, Any]:
@@ -124,11 +120,11 @@ def _train(
         "student": judge(trainer.score("test", use_teacher=False)),
     }
     selected = {}
-    scores = None
+    scores: Scores | None = None
     for who in ("student", "teacher"):
         network = made.network(options).to(ranks.device).eval()
         checkpoint.load_into(network, directory.checkpoints / "selected" / f"{who}.safetensors")
-        scores = made.plain("test").score(lambda inputs, network=network: _untrained(network, inputs), ranks)
+        scores = made.plain("test").score(network, ranks)
         selected[who] = judge(scores)
     evaluation["selected"] = {
         "epoch": trainer.progress.best_epoch,
@@ -143,8 +139,6 @@ def _train(
 def _say_result(voice: Voice, evaluation: dict[str, Any], page: Path) -> None:
     if "selected" in evaluation:
         for moment in ("selected", "last"):
-            teacher, student = (
-                evaluation[moment][who]["mean_average_precision"] for who in ("teacher", "student")
-            )
+            teacher, student = (evaluation[moment][who]["mean_average_precision"] for who in ("teacher", "student"))
             voice.say(f"test mAP, {moment} epoch: teacher {teacher:.2f}, student {student:.2f}")
     voice.say(f"done in {evaluation['seconds']:.0f} s: {page}")

@@ -48,8 +48,14 @@ class Terminal:
         self._tasks: dict[str, Any] = {}
         self._last_line = 0.0
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
-            self._bars = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[detail]}"), console=self._console)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"),
+            )
+            self._bars = Progress(
+                *columns, TimeRemainingColumn(), TextColumn("{task.fields[detail]}"), console=self._console
+            )
 
     def __enter__(self) -> Terminal:
         """Start drawing."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -35,8 +36,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
-        tensors = (x.to(device, non_blocking=True) for x in (self.inputs, self.observed, self.truth, self.index))
-        return Batch(*tensors, self.ids)
+        return Batch(
+            inputs=self.inputs.to(device, non_blocking=True),
+            observed=self.observed.to(device, non_blocking=True),
+            truth=self.truth.to(device, non_blocking=True),
+            index=self.index.to(device, non_blocking=True),
+            ids=self.ids,
+        )
 
 
 class BatchSource(Protocol):
@@ -97,7 +103,7 @@ class Mask:
         """Take the known ratio and the mask seed."""
         self._options = options
 
-    def __call__(self, truth: np.ndarray, sample_id: str) -> np.ndarray:  # type: ignore[type-arg]
+    def __call__(self, truth: npt.NDArray[np.int8], sample_id: str) -> npt.NDArray[np.int8]:
         """Return observed [C] int8 from truth [C] int8."""
         options = self._options
         return observe(
@@ -136,7 +142,11 @@ class _Decoder:
         ]
         observed = self.mask(sample.truth, sample.sample_id)
         return _Example(
-            torch.stack(drawn), torch.from_numpy(observed), torch.from_numpy(sample.truth), sample.index, sample.sample_id
+            torch.stack(drawn),
+            torch.from_numpy(observed),
+            torch.from_numpy(sample.truth),
+            sample.index,
+            sample.sample_id,
         )
 
 
@@ -215,7 +225,7 @@ class FeatureBatches:
         drawn = torch.randint(variants, (self.num_samples, self._num_views), generator=generator)
         length = self.steps_per_epoch * share.global_batch_size
         mine = order[:length][share.rank :: share.world_size]
-        for rows in mine.split(share.micro_batch_size):
+        for rows in torch.split(mine, share.micro_batch_size):
             views = [self._features.random[rows, drawn[rows, view], view] for view in range(self._num_views)]
             yield Batch(
                 inputs=torch.cat(views).float(),

@@ -73,13 +73,17 @@ class DataCard:
         return [self.directory / shard.file for shard in self.split(name).shards]
 
 
-def write(directory: Path, *, name: str, class_names: list[str], splits: dict[str, Split], source: dict[str, Any]) -> None:
+def write(
+    directory: Path, *, name: str, class_names: list[str], splits: dict[str, Split], source: dict[str, Any]
+) -> None:
     """Write the card; the last file of a build, so that a folder with a card is a whole one."""
     tree = {
         "format": "scinet-shards-1",
         "name": name,
         "class_names": class_names,
-        "splits": {key: dataclasses.asdict(value) | {"label_density": value.label_density} for key, value in splits.items()},
+        "splits": {
+            key: dataclasses.asdict(value) | {"label_density": value.label_density} for key, value in splits.items()
+        },
         "source": source,
     }
     temporary = directory / f".{CARD_NAME}.part"
@@ -101,7 +105,9 @@ def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
     path = directory / CARD_NAME
     if not directory.is_dir():
         siblings = [str(found) for found in directory.parent.glob("*")] if directory.parent.is_dir() else []
-        raise ConfigError(f"data folder {directory} does not exist{nearest(str(directory), siblings) or ':'} make it with `{prepare}`")
+        raise ConfigError(
+            f"data folder {directory} does not exist{nearest(str(directory), siblings) or ':'} make it with `{prepare}`"
+        )
     if not path.is_file():
         raise ConfigError(f"{directory} holds no {CARD_NAME}, so it is no finished data set: make it with `{prepare}`")
     content = path.read_bytes()
@@ -118,7 +124,9 @@ def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
             sha256=hashlib.sha256(content).hexdigest(),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`") from error
+        raise DataError(
+            f"{path} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
+        ) from error
     _check(card, path)
     return card
 
@@ -137,7 +145,9 @@ def _split(tree: dict[str, Any]) -> Split:
 def _check(card: DataCard, path: Path) -> None:
     for name, split in card.splits.items():
         if len(split.num_positives) != card.num_classes:
-            raise DataError(f"{path}: split '{name}' counts {len(split.num_positives)} classes, the card names {card.num_classes}")
+            raise DataError(
+                f"{path}: split '{name}' counts {len(split.num_positives)} classes, the card names {card.num_classes}"
+            )
         for shard in split.shards:
             file = card.directory / shard.file
             if Path(shard.file).name != shard.file:
@@ -146,5 +156,6 @@ def _check(card: DataCard, path: Path) -> None:
                 raise DataError(f"shard {file} is missing, {path} lists it with {shard.num_samples} samples")
             if file.stat().st_size != shard.num_bytes:
                 raise DataError(
-                    f"shard {file} has {file.stat().st_size} bytes, {path} says {shard.num_bytes}: it is truncated or was replaced"
+                    f"shard {file} has {file.stat().st_size} bytes, {path} says {shard.num_bytes}: "
+                    "it is truncated or was replaced"
                 )

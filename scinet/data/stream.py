@@ -171,8 +171,11 @@ def _parse(sample: dict[str, Any], num_classes: int) -> StoredSample:
     truth = np.zeros(num_classes, dtype=np.int8)
     try:
         labels = json.loads(sample["json"])
-        truth[np.array(labels["positives"], dtype=np.int64)] = KNOWN_POSITIVE
-        truth[np.array(labels["negatives"], dtype=np.int64)] = KNOWN_NEGATIVE
+        for key, sign in (("positives", KNOWN_POSITIVE), ("negatives", KNOWN_NEGATIVE)):
+            places = np.array(labels[key], dtype=np.int64)
+            if (places < 0).any():
+                raise IndexError(f"class {places.min()}")
+            truth[places] = sign
         return StoredSample(str(labels["id"]), int(labels["index"]), image, truth, where)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{where}: its labels are not those of {num_classes} classes: {error}") from error

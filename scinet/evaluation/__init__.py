@@ -1,0 +1,1 @@
+"""Metrics, the scores of a split, and comparisons of methods."""

@@ -48,7 +48,7 @@ class PlainSplit:
         if self._features is not None:
             mine = slice(ranks.rank, None, ranks.world_size)
             plain, truth = self._features.plain[mine].float(), self._features.truth[mine]
-            yield from zip(plain.split(_BATCH), truth.split(_BATCH), strict=True)
+            yield from zip(torch.split(plain, _BATCH), torch.split(truth, _BATCH), strict=True)
             return
         order = Order(0, 0, 1, 0)
         stream = SampleStream(self._card, self._name, order, rank=ranks.rank, world_size=ranks.world_size)

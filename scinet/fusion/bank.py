@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Neighbours(NamedTuple):
-    """Rows that can be neighbours: embeddings [M, D], observed [M, C] int8, confidence [M, C], index [M] int64."""
+    """Rows that can be neighbours: embeddings [M, D], observed [M, C] int8, confidence [M, C], indices [M] int64."""
 
     embeddings: Tensor
     observed: Tensor
     confidence: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 class Bank:
@@ -23,7 +23,9 @@ class Bank:
     ``evidence`` needs observed labels only (one byte a cell, never stale); the confidence is kept where asked for.
     """
 
-    def __init__(self, size: int, width: int, num_classes: int, *, keeps_confidence: bool, device: torch.device) -> None:
+    def __init__(
+        self, size: int, width: int, num_classes: int, *, keeps_confidence: bool, device: torch.device
+    ) -> None:
         """Allocate once; memory is M (4 D + C + 8) bytes, and 4 M C more with the confidence."""
         columns = num_classes if keeps_confidence else 0
         self._rows = Neighbours(
@@ -41,16 +43,16 @@ class Bank:
 
     def append(self, batch: Neighbours) -> None:
         """Write the rows of a global batch over the oldest ones."""
-        size = len(self._rows.index)
+        size = len(self._rows.indices)
         if size == 0:
             return
         newest = Neighbours(*(column[-size:] for column in batch))
-        places = (self._next + torch.arange(len(newest.index), device=newest.index.device)) % size
+        places = (self._next + torch.arange(len(newest.indices), device=newest.indices.device)) % size
         for column, new in zip(self._rows, newest, strict=True):
             if column.shape[-1]:
                 column[places] = new.to(column.dtype)
-        self._next = (self._next + len(newest.index)) % size
-        self._filled = min(self._filled + len(newest.index), size)
+        self._next = (self._next + len(newest.indices)) % size
+        self._filled = min(self._filled + len(newest.indices), size)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the rows and their place."""

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from scinet_kernels import gaussian_propagate, nearest_neighbours
 from torch import Tensor
 
 from scinet.errors import ConfigError
@@ -17,6 +16,7 @@ from scinet.fusion.bank import Bank, Neighbours
 from scinet.fusion.correlation import LabelCorrelation
 from scinet.model.label_graph import propagation
 from scinet.options import Bandwidth, Combine, CorrelationOptions, FusionOptions, Memory
+from scinet_kernels import gaussian_propagate, nearest_neighbours
 
 _SMALLEST_PROBABILITY = 1e-3
 _CONDITIONAL_RANGE = (0.002, 0.998)
@@ -24,9 +24,10 @@ _DROPPED_VARIANCE = 1e4
 
 
 class Confidence(NamedTuple):
-    """Q and its parts, each [B, C] fp32; a part that is switched off is None."""
+    """Q and its parts P, N and L, each [B, C] fp32; a part that is switched off is None."""
 
     unified: Tensor
+    teacher: Tensor
     instance: Tensor | None
     label: Tensor | None
 
@@ -77,10 +78,10 @@ class Fusion:
             return None
         megabytes = num_samples * num_classes * 2 / 2**20
         if megabytes > self.options.memory_budget_mb:
+            needed = f"fusion.memory=dense needs {megabytes:.0f} MiB for {num_samples} samples x {num_classes} classes"
             raise ConfigError(
-                f"fusion.memory=dense needs {megabytes:.0f} MiB for {num_samples} samples x {num_classes} classes, more "
-                f"than fusion.memory_budget_mb={self.options.memory_budget_mb}: raise it, or set fusion.memory=none "
-                "fusion.momentum=0"
+                f"{needed}, more than fusion.memory_budget_mb={self.options.memory_budget_mb}: raise it, or set "
+                "fusion.memory=none fusion.momentum=0"
             )
         return torch.full((num_samples, num_classes), torch.nan, dtype=torch.float16, device=device)
 
@@ -94,23 +95,23 @@ class Fusion:
         """
         observed = batch.observed
         if not self.options.enabled:
-            return Confidence(_override(probabilities, observed), None, None)
+            return Confidence(_override(probabilities, observed), probabilities, None, None)
         if self.options.combine is Combine.evidence:
             raw, instance, label = self._evidence(batch, probabilities, everyone)
         else:
             raw, instance, label = self._linear(batch, probabilities, everyone)
         if self._memory is not None:
-            previous = self._memory[batch.index].float()
+            previous = self._memory[batch.indices].float()
             mixed = self.options.momentum * previous + (1 - self.options.momentum) * raw
             raw = torch.where(previous.isnan(), raw, mixed)
-        return Confidence(_override(raw, observed), instance, label)
+        return Confidence(_override(raw, observed), probabilities, instance, label)
 
     def update(self, everyone: Neighbours) -> None:
         """Take the global batch, in global order and with its confidence, into moments, memory and bank."""
         self.correlation.update(everyone.observed, everyone.confidence)
         self.bank.append(everyone)
         if self._memory is not None:
-            self._memory[everyone.index] = everyone.confidence.to(self._memory.dtype)
+            self._memory[everyone.indices] = everyone.confidence.to(self._memory.dtype)
 
     def _evidence(
         self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours
@@ -137,9 +138,7 @@ class Fusion:
         strength = self.options.prior_strength
         return (votes + strength * rate) / (mass + strength)
 
-    def _linear(
-        self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _linear(self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours) -> tuple[Tensor, Tensor, Tensor]:
         rows = self._candidates(everyone)
         instance = self._propagate(batch, rows, rows.confidence)
         has_neighbour = self._propagate(batch, rows, torch.ones_like(rows.confidence[:, :1])) > 0
@@ -158,9 +157,9 @@ class Fusion:
     def _propagate(self, batch: Neighbours, rows: Neighbours, values: Tensor) -> Tensor:
         bandwidth: float | Tensor = self.options.bandwidth_value
         if self.options.bandwidth is Bandwidth.adaptive:
-            k = min(self.options.bandwidth_neighbours, len(rows.index))
+            k = min(self.options.bandwidth_neighbours, len(rows.indices))
             _, squared = nearest_neighbours(
-                batch.embeddings, k, keys=rows.embeddings, query_ids=batch.index, key_ids=rows.index
+                batch.embeddings, k, keys=rows.embeddings, query_ids=batch.indices, key_ids=rows.indices
             )
             farthest = torch.where(squared.isinf(), 0.0, squared).amax(1).sqrt()
             bandwidth = farthest.clamp_min(1e-3)
@@ -171,8 +170,8 @@ class Fusion:
             values,
             bandwidth=bandwidth,
             keys=rows.embeddings,
-            query_ids=batch.index,
-            key_ids=rows.index,
+            query_ids=batch.indices,
+            key_ids=rows.indices,
             radius=radius,
         )
 

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from scinet_kernels import PearsonState
 from torch import Tensor
 
 from scinet.options import CorrelationOptions, CorrelationSource
+from scinet_kernels import PearsonState
 
 _EIGENVALUE_FLOOR = 0.02
 
@@ -23,7 +23,9 @@ class LabelCorrelation:
     Forgetting makes counts mean samples: without it a second epoch would count each sample twice.
     """
 
-    def __init__(self, text: Tensor, options: CorrelationOptions, *, samples_per_epoch: int, needs_confidence: bool) -> None:
+    def __init__(
+        self, text: Tensor, options: CorrelationOptions, *, samples_per_epoch: int, needs_confidence: bool
+    ) -> None:
         """Start without observations.
 
         Args:
@@ -69,7 +71,8 @@ class LabelCorrelation:
         shrunk = correlation * count / (count + shrinkage)
         shrunk.fill_diagonal_(1.0)
         values, vectors = torch.linalg.eigh(shrunk)
-        return (vectors * values.clamp_min(_EIGENVALUE_FLOOR) @ vectors.T).float()
+        floored: Tensor = vectors * values.clamp_min(_EIGENVALUE_FLOOR) @ vectors.T
+        return floored.float()
 
     def shrunk(self) -> Tensor:
         """Return Rho [C, C] fp32, from the configured source."""

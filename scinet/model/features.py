@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from scinet.data.batch import Features
 from scinet.data.card import DataCard
@@ -85,14 +86,22 @@ def _compute(
             for name in VIEW_NAMES
         ]
         features = network.extract(torch.stack([*drawn, views.plain(image)]).to(ranks.device)).cpu()
-        random.append(features[:-1].unflatten(0, (variants, len(VIEW_NAMES))).half() if variants else features[:0])
+        random.append(features[:-1].view(variants, len(VIEW_NAMES), -1).half())
         plain.append(features[-1])
         truth.append(torch.from_numpy(sample.truth))
         index.append(sample.index)
         progress(done * ranks.world_size, total)
-    columns = [torch.stack(random), torch.stack(plain), torch.stack(truth), torch.tensor(index)]
-    gathered = [gather_uneven(column.to(ranks.device), ranks, total).cpu() for column in columns]
-    return Features(*gathered, ids=_all_ids(card, split))
+
+    def gathered(column: Tensor) -> Tensor:
+        return gather_uneven(column.to(ranks.device), ranks, total).cpu()
+
+    return Features(
+        random=gathered(torch.stack(random)),
+        plain=gathered(torch.stack(plain)),
+        truth=gathered(torch.stack(truth)),
+        index=gathered(torch.tensor(index)),
+        ids=_all_ids(card, split),
+    )
 
 
 def _all_ids(card: DataCard, split: str) -> tuple[str, ...]:

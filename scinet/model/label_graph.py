@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -65,10 +67,11 @@ class LabelGraph(nn.Module):
         """Start the last layer at zero, so that training begins at the zero-shot classifier (ours)."""
         super().__init__()
         sizes = (width, 2 * width, 2 * width, width)
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
-        for layer in list(self.layers)[:-1]:
-            nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(self.layers[-1].weight)
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(sizes))
+        *inner, last = self.layers.parameters()
+        for weight in inner:
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(last)
 
     def forward(self, text: Tensor, graph: Tensor) -> Tensor:
         """Return text embeddings [C, D] informed by their neighbours.
@@ -77,7 +80,7 @@ class LabelGraph(nn.Module):
             text: [C, D].
             graph: A_gcn [C, C].
         """
-        weight_dtype = self.layers[0].weight.dtype
+        weight_dtype = next(self.layers.parameters()).dtype
         hidden, graph = text.to(weight_dtype), graph.to(weight_dtype)
         for number, layer in enumerate(self.layers):
             hidden = graph @ layer(hidden)

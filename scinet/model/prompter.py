@@ -28,7 +28,8 @@ class Prompter(nn.Module):
         fixed: Tensor = self.get_buffer("fixed")
         if self.context is None:
             return fixed
-        return text(self.get_buffer("tokens"), self.context).float()
+        learned: Tensor = text(self.get_buffer("tokens"), self.context)
+        return learned.float()
 
 
 class CrossAttention(nn.Module):
@@ -61,11 +62,11 @@ class CrossAttention(nn.Module):
         keys = keys.to(dtype)
         values = self.value(keys)
         if keys.shape[1] > 1:
-            heads = [self._split(x) for x in (self.query(queries.to(dtype)), self.key(keys), values)]
             batch = max(len(queries), len(keys))
-            heads = [x.expand(batch, -1, -1, -1) for x in heads]
-            values = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return (self.gate * self.out(values)).float()
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self._heads, -1)).transpose(1, 2)
+            query, key, value = (
+                x.view(len(x), x.shape[1], self._heads, -1).transpose(1, 2).expand(batch, -1, -1, -1)
+                for x in (self.query(queries.to(dtype)), self.key(keys), values)
+            )
+            values = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        change: Tensor = self.gate * self.out(values)
+        return change.float()

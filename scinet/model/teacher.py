@@ -47,7 +47,8 @@ class Teacher:
     def forward(self, inputs: Tensor) -> Output:
         """Run the teacher without gradient."""
         with torch.no_grad():
-            return self.network(inputs)
+            output: Output = self.network(inputs)
+        return output
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return weights and the number of steps."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from scinet import rundir
 from scinet.data.card import DataCard
 from scinet.data.stream import Order, SampleStream
 from scinet.evaluation.evaluator import Scores
@@ -44,7 +44,7 @@ def write(
     return write_report(
         directory.path,
         title=f"{options.name}: {options.method.value} on {card.name}, {options.data.known_ratio:.0%} of labels known",
-        summary=_headline(options, evaluation),
+        summary=headline(options, evaluation),
         history=history,
         class_names=list(card.class_names),
         evaluation=shown,
@@ -55,7 +55,8 @@ def write(
     )
 
 
-def _headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+def headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a run achieved, as (what, value), beside its baseline, zero-shot and chance."""
     rows = []
     if "selected" in evaluation:
         selected, last = evaluation["selected"], evaluation["last"]
@@ -65,10 +66,9 @@ def _headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, s
             ("Test mAP, teacher at the last step", _map(last["teacher"])),
         ]
     if options.baseline:
-        path = Path(options.baseline) / "evaluation.json"
-        if path.is_file():
-            baseline = json.loads(path.read_text(encoding="utf-8"))
-            rows.append((f"Test mAP of the baseline {Path(options.baseline).name}", _map(baseline["selected"]["teacher"])))
+        baseline, theirs = rundir.find(Path(options.baseline))
+        result = rundir.read_evaluation(baseline)["selected"]["teacher"]
+        rows.append((f"Test mAP, teacher of the baseline ({theirs.method.value}, {theirs.name})", _map(result)))
     rows.append(("Zero-shot test mAP, before training", _map(evaluation["zero_shot"])))
     rows.append(("Chance (mean class frequency)", f"{evaluation['zero_shot']['chance']:.1f}"))
     return rows

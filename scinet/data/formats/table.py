@@ -168,8 +168,8 @@ def _meanings(options: TableOptions, table: list[list[str]], width: int) -> dict
     unclear = sorted(code for code in codes if code not in meaning)
     if unclear:
         raise ConfigError(
-            f"{options.labels} uses the codes {', '.join(sorted(c or 'blank' for c in codes))} and '{unclear[0]}' can mean "
-            "absent or not annotated: say which with --negative CODE or --unknown CODE"
+            f"{options.labels} uses the codes {', '.join(sorted(c or 'blank' for c in codes))} and '{unclear[0]}' can "
+            "mean absent or not annotated: say which with --negative CODE or --unknown CODE"
         )
     return meaning
 

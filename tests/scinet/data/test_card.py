@@ -1,0 +1,115 @@
+"""A data card that does not fit its folder is refused before anything is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scinet.data import card
+from scinet.errors import ConfigError, DataError
+from tests.scinet.conftest import MakeShards
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_shards: MakeShards) -> Path:
+    return make_shards(7, shard_samples=4, out=tmp_path / "scenes").directory
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / card.CARD_NAME
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def test_card_is_equal_when_read_twice(folder: Path) -> None:
+    assert card.read(folder) == card.read(folder)
+
+
+def test_checksum_differs_when_the_card_does(folder: Path) -> None:
+    before = card.read(folder).sha256
+    _edit(folder, lambda tree: tree.update(name="other"))
+    assert card.read(folder).sha256 != before
+
+
+def test_folder_and_command_are_named_when_it_is_missing(folder: Path) -> None:
+    missing = folder.parent / "scene"
+    with pytest.raises(ConfigError) as caught:
+        card.read(missing, prepare="scinet data build scenes --out x")
+    message = str(caught.value)
+    assert f"{missing} does not exist" in message
+    assert "`scinet data build scenes --out x`" in message
+    assert f"did you mean '{folder}'" in message
+    assert caught.value.exit_status == 2
+
+
+def test_folder_is_named_when_even_its_parent_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist") as caught:
+        card.read(tmp_path / "a" / "b", prepare="do it")
+    assert "`do it`" in str(caught.value)
+
+
+def test_command_is_named_when_the_folder_has_no_card(folder: Path) -> None:
+    (folder / card.CARD_NAME).unlink()
+    with pytest.raises(ConfigError, match=r"holds no dataset\.json.*`do it`") as caught:
+        card.read(folder, prepare="do it")
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "not json", "[]", "3", "{}", '{"splits": 3}', '{"splits": {"train": []}}', "\udcff", "null"]
+)
+def test_card_is_refused_when_it_is_not_one(folder: Path, content: str) -> None:
+    (folder / card.CARD_NAME).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=r"dataset\.json is not a data card.*`do it`") as caught:
+        card.read(folder, prepare="do it")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["name", "class_names", "splits", "source"])
+def test_card_is_refused_when_a_part_is_missing(folder: Path, key: str) -> None:
+    _edit(folder, lambda tree: tree.pop(key))
+    with pytest.raises(DataError, match=key):
+        card.read(folder)
+
+
+def test_shard_is_named_when_missing(folder: Path) -> None:
+    (folder / "train-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000001\.tar is missing.*3 samples"):
+        card.read(folder)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -512])
+def test_shard_is_named_when_its_size_is_wrong(folder: Path, change: int) -> None:
+    shard = folder / "train-000000.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:change] if change < 0 else content + b"x" * change)
+    with pytest.raises(DataError, match=rf"train-000000\.tar has {len(content) + change} bytes.*says {len(content)}"):
+        card.read(folder)
+
+
+@pytest.mark.parametrize("name", ["../train-000000.tar", "sub/x.tar", "/etc/passwd", "..", "", "pipe:cat x/y"])
+def test_shard_is_refused_when_its_name_holds_a_path(folder: Path, name: str) -> None:
+    (folder.parent / "train-000000.tar").write_bytes((folder / "train-000000.tar").read_bytes())
+    _edit(folder, lambda tree: tree["splits"]["train"]["shards"][0].update(file=name))
+    with pytest.raises(DataError, match=r"plain file name|missing"):
+        card.read(folder)
+
+
+def test_card_is_refused_when_the_counts_are_of_other_classes(folder: Path) -> None:
+    _edit(folder, lambda tree: tree["class_names"].append("fourth"))
+    with pytest.raises(DataError, match="'train' counts 3 classes, the card names 4"):
+        card.read(folder)
+
+
+def test_splits_are_listed_when_one_is_asked_for_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"no samples in split 'test'; it has train \(7\)"):
+        card.read(folder).split("test")
+
+
+def test_density_is_zero_when_nothing_is_labelled() -> None:
+    assert card.Split(1, (0,), (0,), ()).label_density == 0.0

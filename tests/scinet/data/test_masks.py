@@ -1,0 +1,121 @@
+"""Masks are a pure function of (sample id, class, seed), nested over the known ratio."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from scinet.data.masks import derive, observe, text_key, uniforms
+
+QUICK = settings(deadline=None, max_examples=25)
+TRUTHS = st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=40).map(lambda row: np.array(row, dtype=np.int8))
+SEEDS = st.integers(0, 2**63)
+
+
+def test_hashes_never_change_when_the_code_does() -> None:
+    # a change here changes every published mask: data made and results measured before are no longer comparable
+    expected = ["0x1.870fac6f4ef7cp-1", "0x1.5647977dbae68p-2", "0x1.61488986e0800p-6", "0x1.c06163c17b79ep-2"]
+    assert [value.hex() for value in uniforms("scene-0000001", 4, 0).tolist()] == expected
+    assert uniforms("ü/a.b", 3, 7).tolist() == [0.6221182992842388, 0.2761491130064738, 0.7106381556262215]
+    assert derive(3, "views", 1, "a") == 4754102034400308814
+
+
+def test_hashes_are_equal_when_another_process_computes_them() -> None:
+    code = "from scinet.data.masks import uniforms; print(uniforms('a', 2, 1).tolist())"
+    answers = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout for _ in range(2)}
+    assert answers == {f"{uniforms('a', 2, 1).tolist()}\n".encode()}
+
+
+@QUICK
+@given(sample_id=st.text(max_size=30).filter(lambda text: text.isprintable()), seed=SEEDS, sizes=st.tuples(*[st.integers(1, 50)] * 2))
+def test_hashes_lie_in_the_unit_interval_and_do_not_depend_on_the_number_of_classes(
+    sample_id: str, seed: int, sizes: tuple[int, int]
+) -> None:
+    few, many = (uniforms(sample_id, size, seed) for size in sorted(sizes))
+    assert ((many >= 0) & (many < 1)).all()
+    assert (many[: len(few)] == few).all()
+
+
+@QUICK
+@given(truth=TRUTHS, sample_id=st.text(max_size=10).filter(str.isprintable), seed=SEEDS, ratios=st.tuples(*[st.floats(0, 1)] * 2))
+def test_masks_are_nested_when_the_ratio_grows(
+    truth: NDArray[np.int8], sample_id: str, seed: int, ratios: tuple[float, float]
+) -> None:
+    few, many = (observe(truth, sample_id, known_ratio=ratio, seed=seed) for ratio in sorted(ratios))
+    assert few.dtype == np.int8
+    assert ((few == 0) | (few == many)).all()
+    assert ((many == 0) | (many == truth)).all()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_nothing_or_all_is_known_at_the_bounds_of_the_ratio(ratio: float) -> None:
+    truth = np.array([1, -1, 0, 1], dtype=np.int8)
+    assert observe(truth, "a", known_ratio=ratio, seed=0).tolist() == (truth * int(ratio)).tolist()
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_known_share_equals_the_ratio_when_counted_over_many_cells(ratio: float, sign: int) -> None:
+    num_images, num_classes = 1000, 20
+    truth = np.full(num_classes, sign, dtype=np.int8)
+    rows = np.stack([observe(truth, f"image-{n}", known_ratio=ratio, seed=0) for n in range(num_images)])
+    for cells in (rows, *rows.T):
+        deviation = np.sqrt(ratio * (1 - ratio) / cells.size)
+        assert abs((cells == sign).mean() - ratio) < 4.5 * deviation
+
+
+def _assert_uncorrelated(columns: NDArray[np.float64]) -> None:
+    off = np.asarray(np.corrcoef(columns, rowvar=False))[~np.eye(columns.shape[1], dtype=bool)]
+    assert np.abs(off).max() < 5 / np.sqrt(len(columns))
+
+
+def test_cells_are_independent_when_ids_or_classes_are_neighbours() -> None:
+    base = np.stack([uniforms(f"image-{n}", 8, 0) for n in range(4000)])
+    _assert_uncorrelated(np.concatenate([base, np.roll(base, 1, axis=0)], axis=1))
+
+
+@pytest.mark.xfail(strict=True, reason="class a of seed b is class b of seed a: the mend changes the masks of seeds > 0")
+def test_cells_are_independent_when_seeds_are_neighbours() -> None:
+    columns = [np.stack([uniforms(f"image-{n}", 6, seed) for n in range(2000)]) for seed in (0, 1, 2)]
+    _assert_uncorrelated(np.concatenate(columns, axis=1))
+
+
+def test_input_is_left_alone_when_masked() -> None:
+    truth = np.array([1, -1, 1], dtype=np.int8)
+    observe(truth, "a", known_ratio=0.0, seed=0)
+    observe(truth, "a", known_ratio=0.0, seed=0, single_positive=True)
+    assert truth.tolist() == [1, -1, 1]
+
+
+@QUICK
+@given(truth=TRUTHS, seed=SEEDS)
+def test_one_positive_is_known_and_nothing_else_when_single_positive(truth: NDArray[np.int8], seed: int) -> None:
+    observed = observe(truth, "a", known_ratio=1.0, seed=seed, single_positive=True)
+    positives = np.flatnonzero(truth == 1)
+    if not len(positives):
+        assert not observed.any()
+        return
+    chosen = positives[np.argmin(uniforms("a", len(truth), seed)[positives])]
+    assert np.flatnonzero(observed).tolist() == [chosen]
+    assert observed[chosen] == 1
+
+
+def test_every_positive_is_chosen_about_equally_often_when_single_positive() -> None:
+    truth = np.array([1, -1, 1, 0, 1, 1], dtype=np.int8)
+    chosen = [int(np.argmax(observe(truth, str(n), known_ratio=0, seed=0, single_positive=True))) for n in range(2000)]
+    counts = np.bincount(chosen, minlength=6)
+    assert counts[[1, 3]].tolist() == [0, 0]
+    assert np.abs(counts[[0, 2, 4, 5]] - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_seeds_differ_when_the_purpose_or_any_part_does() -> None:
+    parts = [(0, "views", 1, "a"), (0, "views", 1, "b"), (0, "order", 1, "a"), (1, "views", 0, "a"), (0, "views", 11, "a")]
+    assert len({derive(*part) for part in parts}) == len(parts)
+    assert all(0 <= derive(*part) < 2**63 for part in parts)
+    assert text_key("a") != text_key("b")

@@ -1,0 +1,231 @@
+"""The global order is a function of (seed, epoch) alone; damage is named, never passed over."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from scinet.data.card import DataCard, Shard, Split
+from scinet.data.stream import Order, SampleStream, StoredSample
+from scinet.errors import DataError
+from tests.scinet.conftest import MakeShards
+
+ORDER = Order(seed=3, epoch=1, lanes=4, shuffle_window=5)
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards: MakeShards) -> DataCard:
+    return make_shards(53, shard_samples=9)
+
+
+def _ids(card: DataCard, order: Order, **reader: int) -> list[str]:
+    return [sample.sample_id for sample in SampleStream(card, "train", order, **reader)]
+
+
+def _sample_id(sample: StoredSample) -> str:
+    return sample.sample_id
+
+
+def _interleaved(parts: list[list[str]]) -> list[str]:
+    total = sum(map(len, parts))
+    return [parts[position % len(parts)][position // len(parts)] for position in range(total)]
+
+
+def test_every_sample_comes_exactly_once_when_the_pass_is_whole(shards: DataCard) -> None:
+    assert sorted(_ids(shards, ORDER)) == [f"train-{n:04d}" for n in range(53)]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_global_order_is_equal_when_ranks_and_workers_share_it(
+    shards: DataCard, world_size: int, workers: int
+) -> None:
+    parts = []
+    for rank in range(world_size):
+        part = SampleStream(shards, "train", ORDER, rank=rank, world_size=world_size, transform=_sample_id)
+        parts.append(list(DataLoader(part, batch_size=None, num_workers=workers)))
+    assert _interleaved(parts) == _ids(shards, ORDER)
+
+
+def _endless(sources: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """Stand in for the reading of a tar: samples named by shard and place, as many as are asked for."""
+    for place in range(99):
+        labels = {"id": f"{sources[0]['url']}/{place}", "index": place, "positives": [], "negatives": []}
+        yield {"__url__": sources[0]["url"], "__key__": str(place), "png": b"", "json": json.dumps(labels).encode()}
+
+
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_global_order_is_equal_when_shards_lanes_and_readers_have_any_size(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any))
+    total = sum(sizes)
+    shards = tuple(Shard(f"{n}.tar", size, 0, "") for n, size in enumerate(sizes))
+    card = DataCard("any", ("a",), {"train": Split(total, (0,), (0,), shards)}, {}, Path(), "")
+    order = Order(
+        seed=data.draw(st.integers(0, 9)),
+        epoch=data.draw(st.integers(0, 9)),
+        lanes=data.draw(st.integers(1, 12)),
+        shuffle_window=data.draw(st.integers(0, 12)),
+        length=data.draw(st.integers(0, total + 3)),
+    )
+    world_size = data.draw(st.integers(1, 9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webdataset, "tarfile_samples", _endless)
+        whole, uncut = _ids(card, order), _ids(card, dataclasses.replace(order, length=0))
+        parts = [_ids(card, order, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len(whole) == len(set(whole)) == min(order.length or total, total)
+    assert set(uncut) == {f"{n}.tar/{k}" for n, size in enumerate(sizes) for k in range(size)}
+    assert whole == uncut[: len(whole)]
+    assert _interleaved(parts) == whole
+
+
+def test_epochs_and_seeds_give_other_orders_when_shuffled(shards: DataCard) -> None:
+    orders = [dataclasses.replace(ORDER, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(_ids(shards, order)) for order in orders}) == 4
+    assert _ids(shards, orders[0]) == _ids(shards, orders[0])
+
+
+def test_written_order_is_kept_when_nothing_is_shuffled(shards: DataCard) -> None:
+    assert _ids(shards, Order(3, 1, lanes=1, shuffle_window=0)) == [f"train-{n:04d}" for n in range(53)]
+
+
+def test_lanes_take_turns_in_written_order_when_nothing_is_shuffled(shards: DataCard) -> None:
+    # 53 samples in 4 lanes: ranges of 14, 13, 13, 13
+    starts, ids = (0, 14, 27, 40), _ids(shards, Order(3, 1, lanes=4, shuffle_window=0))
+    assert ids[:9] == [f"train-{starts[p % 4] + p // 4:04d}" for p in range(9)]
+    assert ids[-1] == "train-0013"
+
+
+@pytest.mark.parametrize("length", [1, 4, 50, 53, 60])
+def test_pass_is_a_prefix_when_cut_off(shards: DataCard, length: int) -> None:
+    assert _ids(shards, dataclasses.replace(ORDER, length=length)) == _ids(shards, ORDER)[:length]
+
+
+def test_every_sample_comes_once_when_there_are_more_lanes_than_samples(make_shards: MakeShards) -> None:
+    card = make_shards(5, shard_samples=2)
+    order = Order(0, 0, lanes=16, shuffle_window=3)
+    whole = _ids(card, order)
+    assert len(set(whole)) == 5
+    assert _interleaved([_ids(card, order, rank=rank, world_size=8) for rank in range(8)]) == whole
+
+
+def test_sample_says_where_it_lies_when_read(shards: DataCard) -> None:
+    sample = next(iter(SampleStream(shards, "train", Order(0, 0, 1, 0))))
+    assert str(shards.shard_paths("train")[0]) in sample.where
+    assert "train-0000" in sample.where
+
+
+def _rewrite(make_shards: MakeShards, change: Callable[[dict[str, bytes]], None]) -> DataCard:
+    """Return a card whose one shard had its members changed."""
+    card = make_shards(4, shard_samples=4)
+    path = card.shard_paths("train")[0]
+    with tarfile.open(path) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    change(members)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return card
+
+
+def _relabel(labels: Any) -> Callable[[dict[str, bytes]], None]:
+    return lambda members: members.update({"train-0002.json": json.dumps(labels).encode()})
+
+
+def _refusal(card: DataCard) -> str:
+    with pytest.raises(DataError) as caught:
+        _ids(card, Order(0, 0, 1, 0))
+    assert str(card.shard_paths("train")[0]) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("member", ["train-0002.json", "train-0002.png"])
+def test_sample_is_named_when_a_part_of_it_is_missing(make_shards: MakeShards, member: str) -> None:
+    message = _refusal(_rewrite(make_shards, lambda members: members.pop(member)))
+    assert "'train-0002'" in message
+    assert "expected json and one of jpg, png, webp" in message
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"id": "a", "index": 0, "positives": [3], "negatives": []},
+        {"id": "a", "index": 0, "positives": [], "negatives": [99]},
+        {"id": "a", "index": 0, "positives": [-1], "negatives": []},
+        {"id": "a", "index": 0, "positives": ["cat"], "negatives": []},
+        {"id": "a", "index": 0, "positives": None, "negatives": []},
+        {"id": "a", "positives": [], "negatives": []},
+        {"id": "a", "index": "x", "positives": [], "negatives": []},
+        {"index": 0, "positives": [], "negatives": []},
+        [],
+    ],
+)
+def test_sample_is_named_when_its_labels_do_not_fit(make_shards: MakeShards, labels: Any) -> None:
+    message = _refusal(_rewrite(make_shards, _relabel(labels)))
+    assert "'train-0002'" in message
+    assert "3 classes" in message
+
+
+def test_sample_is_named_when_its_json_is_none(make_shards: MakeShards) -> None:
+    card = _rewrite(make_shards, lambda members: members.update({"train-0002.json": b"\xff{"}))
+    assert "'train-0002'" in _refusal(card)
+
+
+def test_shard_is_named_when_it_holds_fewer_samples_than_the_card_says(make_shards: MakeShards) -> None:
+    def drop(members: dict[str, bytes]) -> None:
+        del members["train-0003.json"], members["train-0003.jpg"]
+
+    assert "ends after 3 samples, the data card says 4" in _refusal(_rewrite(make_shards, drop))
+
+
+def test_shard_is_named_when_it_is_gone(make_shards: MakeShards) -> None:
+    card = make_shards(4)
+    card.shard_paths("train")[0].unlink()
+    _refusal(card)
+
+
+@settings(deadline=None, max_examples=25)
+@given(share=st.floats(0, 1))
+def test_shard_is_named_when_it_is_truncated_anywhere(make_shards: MakeShards, share: float) -> None:
+    card = make_shards(6, shard_samples=6)
+    path = card.shard_paths("train")[0]
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + last.size
+    path.write_bytes(content[: int(share * (end - 1))])
+    _refusal(card)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shard_is_named_when_the_second_of_three_is_truncated(
+    make_shards: MakeShards, workers: int
+) -> None:
+    card = make_shards(12, shard_samples=4)
+    path = card.shard_paths("train")[1]
+    path.write_bytes(path.read_bytes()[:3000])
+    loader = DataLoader(SampleStream(card, "train", Order(0, 0, 1, 0)), batch_size=None, num_workers=workers)
+    seen = []
+    with pytest.raises(DataError) as caught:
+        seen.extend(loader)
+    assert str(path) in str(caught.value)
+    assert 4 <= len(seen) < 8
+
+
+def test_transform_is_applied_when_given(shards: DataCard) -> None:
+    lengths = SampleStream(shards, "train", ORDER, transform=lambda sample: len(sample.image))
+    assert all(isinstance(length, int) and length > 0 for length in lengths)
