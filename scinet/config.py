@@ -117,11 +117,12 @@ def read_tree(path: Path) -> dict[str, Any]:
 def _assignments(overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     trees = []
     for text in overrides:
-        key, equals, _ = text.partition("=")
+        key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{text}' is not an override; write key=value, for example data.known_ratio=0.1")
         try:
-            tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+            # `baseline=` empties a text; YAML would read nothing as null
+            tree = OmegaConf.to_container(OmegaConf.from_dotlist([text if value else f"{text}''"]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from error
         trees.append(("", typing.cast("dict[str, Any]", tree)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from scinet.errors import ScinetError
 
 T = TypeVar("T")
+_FAILURES = "scinet/failures"
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,29 @@ def from_first_rank(work: Callable[[], T], ranks: Ranks) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return cast(T, outcome[0])
+
+
+def is_first_failure() -> bool:
+    """Note this rank's failure for the others, and return whether it is the first, whose message is to be shown.
+
+    No collective: the other ranks may be anywhere, waiting for this one.
+    """
+    if not dist.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add(_FAILURES, 1) == 1
+    except RuntimeError:
+        return False  # the store went with rank 0, which then failed before
+
+
+def has_failure_elsewhere() -> bool:
+    """Return whether another rank has noted a failure, or rank 0 is gone; then a broken collective is no news."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    try:
+        return dist.distributed_c10d._get_default_store().add(_FAILURES, 0) > 0
+    except RuntimeError:
+        return True
 
 
 def shut_down() -> None:

@@ -67,7 +67,8 @@ class Engine:
             optimizer,
             max_lr=[group["lr"] for group in groups],
             total_steps=total_steps + 1,
-            pct_start=max(options.optimizer.warmup_share, 1 / (total_steps + 1)),
+            # the peak no earlier than the second step: torch divides by the steps before it
+            pct_start=max(options.optimizer.warmup_share, 2 / (total_steps + 1)),
             cycle_momentum=False,
         )
         config = deepspeed_config(options, world_size, device)

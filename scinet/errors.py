@@ -10,6 +10,7 @@ class ScinetError(Exception):
     """A failure the user can act on: one sentence that names what was given, what is required and what to do."""
 
     exit_status = 1
+    is_told = False  # whether another rank has said it, or failed before
 
 
 class ConfigError(ScinetError):
@@ -33,7 +34,8 @@ class TrainingError(ScinetError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known spelling nearest to ``word``, or an empty string."""
     candidates = list(known)
-    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    match = [same for same in candidates if same.lower() == word.lower()][:1]
+    match = match or difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
     if not match:
         lowered = {candidate.lower(): candidate for candidate in candidates}
         match = [lowered[found] for found in difflib.get_close_matches(word.lower(), list(lowered), n=1, cutoff=0.5)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -66,13 +67,21 @@ def create(options: Options) -> RunDirectory:
     if run.config.exists():
         _check_resumable(run, options)
         return run
-    if run.path.exists() and any(run.path.iterdir()):
-        raise ConfigError(f"{run.path} exists and is no run of scinet: set another name, nothing was overwritten")
     try:
+        if run.path.exists() and any(found for found in run.path.iterdir() if found != run.checkpoints):
+            raise ConfigError(f"{run.path} exists and is no run of scinet: set another name, nothing was overwritten")
         run.checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write the run directory {run.path}: {error.strerror}") from error
     return run
+
+
+def discard_if_never_started(run: RunDirectory) -> None:
+    """Remove the directory of a run that failed before its first step: it holds nothing yet."""
+    if not run.config.exists():
+        for folder in (run.checkpoints, run.path):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _check_resumable(run: RunDirectory, options: Options) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from scinet import checkpoint, materials, rundir
-from scinet.distributed import Ranks, from_first_rank, initialise, shut_down
+from scinet.distributed import (
+    Ranks,
+    from_first_rank,
+    has_failure_elsewhere,
+    initialise,
+    is_first_failure,
+    shut_down,
+)
+from scinet.errors import ScinetError, TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.materials import Materials
@@ -29,12 +37,21 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         ScinetError: in the user's terms; what was written before stays.
     """
-    materials.check(options)
-    ranks = initialise(options.train.collective_timeout_s)
-    configure_logging(ranks.is_first)
     try:
+        materials.check(options)
+        ranks = initialise(options.train.collective_timeout_s)
+        configure_logging(ranks.is_first)
         with _voice(ranks) as voice:
             return _run(options, ranks, voice)
+    except ScinetError as error:
+        error.is_told = not is_first_failure()
+        raise
+    except RuntimeError as error:
+        if not has_failure_elsewhere():
+            raise
+        stopped = TrainingError("this rank stops because another failed")
+        stopped.is_told = True
+        raise stopped from error
     finally:
         shut_down()
 
@@ -52,15 +69,17 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
     started = time.monotonic()
     directory: RunDirectory = from_first_rank(lambda: rundir.create(options), ranks)
     voice.say(f"{options.method.value} ({options.profile.value}) on {options.data.path}, {ranks.world_size} rank(s)")
+    try:
+        return _carry_out(options, ranks, voice, directory, started)
+    finally:
+        if ranks.is_first:
+            rundir.discard_if_never_started(directory)
+
+
+def _carry_out(
+    options: Options, ranks: Ranks, voice: Voice, directory: RunDirectory, started: float
+) -> dict[str, Any]:
     made = materials.gather(options, ranks, voice.progress)
-    if ranks.is_first and not directory.config.exists():
-        rundir.describe(
-            directory,
-            options,
-            weights_sha256=made.backbone.weights_sha256,
-            card_sha256=made.card.sha256,
-            world_size=ranks.world_size,
-        )
     evaluation: dict[str, Any] = {
         "class_names": list(made.card.class_names),
         "zero_shot": zero_shot(options, made, ranks),
@@ -68,6 +87,7 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
     chance = evaluation["zero_shot"]["chance"]
     voice.say(f"zero-shot mAP {evaluation['zero_shot']['mean_average_precision']:.1f} (chance {chance:.1f})")
     if options.method is Method.zero_shot:
+        _describe(directory, options, made, ranks)
         scores = made.plain("test").score(made.network(options).to(ranks.device).eval(), ranks)
         correlation = None
         history: list[dict[str, Any]] = []
@@ -81,6 +101,18 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
         page = summary.write(directory, options, made.card, evaluation, history, scores, correlation)
         _say_result(voice, evaluation, page)
     return evaluation
+
+
+def _describe(directory: RunDirectory, options: Options, made: Materials, ranks: Ranks) -> None:
+    """Write what the run is, once all that can be refused before its first step has been accepted."""
+    if ranks.is_first and not directory.config.exists():
+        rundir.describe(
+            directory,
+            options,
+            weights_sha256=made.backbone.weights_sha256,
+            card_sha256=made.card.sha256,
+            world_size=ranks.world_size,
+        )
 
 
 def zero_shot(options: Options, made: Materials, ranks: Ranks) -> dict[str, Any]:
@@ -105,6 +137,7 @@ def _train(
 ) -> tuple[Scores, Tensor | None]:
     """Train and fill in the evaluation; return the selected teacher's test scores and the label correlation."""
     trainer = Trainer(options, made, ranks, log, voice)
+    _describe(directory, options, made, ranks)
     if options.resume and checkpoint.load_state(directory, trainer, ranks):
         voice.say(f"resumed after epoch {trainer.progress.epoch} at step {trainer.progress.step}")
     every = options.train.evaluate_every_epochs

@@ -44,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"scinet is not installed in {sys.executable} ({error}): run `pip install -e .`", file=sys.stderr)
         return 2
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        running.run(config.load(arguments.config, arguments.overrides))
+        options = config.load(arguments.config, arguments.overrides)
+        speaks = True  # from here on the ranks agree on who does
+        running.run(options)
     except ScinetError as error:
-        if is_first:
+        if speaks and not error.is_told:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:

@@ -68,8 +68,8 @@ class Trainer:
         network = materials.network(options).to(ranks.device)
         self._start_bias(network)
         self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self._steps_per_epoch))
-        self.fusion, self._thresholds = self._build_fusion(network), self._build_thresholds()
-        self._objective = Objective(options, self.fusion, self._thresholds, ranks)
+        self.fusion, self.thresholds = self._build_fusion(network), self._build_thresholds()
+        self._objective = Objective(options, self.fusion, self.thresholds, ranks)
         if uses_bf16(options, ranks.device):
             network.to(torch.bfloat16)
         self.engine = Engine(network, options, ranks.world_size, ranks.device, self.total_steps)
@@ -135,7 +135,7 @@ class Trainer:
             if len(micro) < accumulation:
                 return
             for batch in micro:
-                step = self._micro_step(batch, epoch)
+                step = self.micro_step(batch, epoch)
                 window.add(self._measure(step, batch))
             self._after_step()
             window.steps += 1
@@ -143,7 +143,8 @@ class Trainer:
                 self._write(window, step, batch)
                 window = _Window()
 
-    def _micro_step(self, batch: Batch, epoch: int) -> Step:
+    def micro_step(self, batch: Batch, epoch: int) -> Step:
+        """Forward, loss, backward and the fusion's state for one micro-batch. Collective."""
         warmup_steps = self._options.loss.warmup_fraction * self.total_steps
         phase = Phase(is_warm=self.progress.step >= warmup_steps, epoch=epoch)
         student = self.engine.forward(batch.inputs)
@@ -155,7 +156,7 @@ class Trainer:
         self.engine.step(step.loss)
         if self.fusion is not None and step.everyone is not None and step.passed is not None:
             self.fusion.update(step.everyone)
-            self._thresholds.update(step.passed)
+            self.thresholds.update(step.passed)
         return step
 
     def _after_step(self) -> None:
@@ -264,7 +265,7 @@ class Trainer:
         """Return the state that the engine does not know: teacher, fusion, thresholds."""
         parts: dict[str, dict[str, Tensor]] = {
             "teacher": self.teacher.state_dict(),
-            "thresholds": self._thresholds.state_dict(),
+            "thresholds": self.thresholds.state_dict(),
             "fusion": self.fusion.state_dict() if self.fusion is not None else {},
         }
         return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
@@ -276,7 +277,7 @@ class Trainer:
             part, _, rest = name.partition(".")
             parts[part][rest] = value.to(self._ranks.device)
         self.teacher.load_state_dict(parts["teacher"])
-        self._thresholds.load_state_dict(parts["thresholds"])
+        self.thresholds.load_state_dict(parts["thresholds"])
         if self.fusion is not None:
             self.fusion.load_state_dict(parts["fusion"])
 

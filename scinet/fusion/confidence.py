@@ -96,10 +96,10 @@ class Fusion:
         observed = batch.observed
         if not self.options.enabled:
             return Confidence(_override(probabilities, observed), probabilities, None, None)
-        if self.options.combine is Combine.evidence:
-            raw, instance, label = self._evidence(batch, probabilities, everyone)
-        else:
+        if self.options.combine is Combine.linear:
             raw, instance, label = self._linear(batch, probabilities, everyone)
+        else:
+            raw, instance, label = self._evidence(batch, probabilities, everyone)
         if self._memory is not None:
             previous = self._memory[batch.indices].float()
             mixed = self.options.momentum * previous + (1 - self.options.momentum) * raw
@@ -116,6 +116,12 @@ class Fusion:
     def _evidence(
         self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Combine on the log-odds scale what the teacher, similar images and the image's own labels say.
+
+        ``evidence`` adds the neighbours' log-odds to the teacher's as if the two were independent. They are not: the
+        teacher has learnt from the same known labels. ``pool`` (ours) takes their weighted mean instead, a logarithmic
+        opinion pool, and adds only the label term: the targets are then calibrated (configs/compare/README.md).
+        """
         rate = self.correlation.positive_rate()
         prior = torch.logit(rate)
         score = torch.logit(probabilities.clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY))
@@ -123,6 +129,9 @@ class Fusion:
         if self.options.instance_weight:
             instance = self._neighbour_vote(batch, everyone, rate)
             score = score + self.options.instance_weight * (_clamped_logit(instance) - prior)
+            if self.options.combine is Combine.pool:
+                weight = self.options.instance_weight
+                score = (score + weight * prior) / (1 + weight)
         if self.options.label_weight:
             correlation = self.correlation.known_correlation(self.options.label_shrinkage)
             label = conditional_expectation(correlation, rate, batch.observed, noise=self.options.label_noise)
@@ -202,7 +211,8 @@ def conditional_expectation(correlation: Tensor, rate: Tensor, observed: Tensor,
         noise: V of a known cell.
 
     Returns:
-        [B, C] fp32 in [0.002, 0.998]; ``rate`` for an image without a known label.
+        [B, C] fp32 in [0.002, 0.998] (widened to the rate, where it lies beyond); ``rate`` for an image
+        without a known label.
 
     Source: method.md section 3 (ours).
     """
@@ -212,7 +222,9 @@ def conditional_expectation(correlation: Tensor, rate: Tensor, observed: Tensor,
     variance = torch.where(known, noise, _DROPPED_VARIANCE)
     factor = torch.linalg.cholesky(correlation + torch.diag_embed(variance))
     solved = torch.cholesky_solve(standardised.unsqueeze(-1), factor).squeeze(-1)
-    return (rate + spread * (solved @ correlation.T)).clamp(*_CONDITIONAL_RANGE)
+    # a rate beyond the range widens it: without a known label the expectation is the rate, and no evidence
+    low, high = rate.clamp_max(_CONDITIONAL_RANGE[0]), rate.clamp_min(_CONDITIONAL_RANGE[1])
+    return (rate + spread * (solved @ correlation.T)).clamp(low, high)
 
 
 def _override(probabilities: Tensor, observed: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class LabelCorrelation:
             shrinkage: co-observations at which a correlation is halved.
         """
         correlation, count = self._known.correlation()
-        shrunk = correlation * count / (count + shrinkage)
+        shrunk = correlation * count / (count + shrinkage).clamp_min(1e-12)
         shrunk.fill_diagonal_(1.0)
         values, vectors = torch.linalg.eigh(shrunk)
         floored: Tensor = vectors * values.clamp_min(_EIGENVALUE_FLOOR) @ vectors.T

@@ -38,6 +38,7 @@ def focal_margin(logits: Tensor, targets: Tensor, weights: Tensor, *, gamma: flo
     Source: Zhang et al., "Simple and Robust Loss Design for Multi-Label Learning with Missing Labels" (SPLC), 2021.
     """
     shifted = logits - margin
-    positive = -torch.sigmoid(-shifted).pow(gamma) * functional.logsigmoid(shifted)
-    negative = -torch.sigmoid(logits).pow(gamma) * functional.logsigmoid(-logits)
+    # (1-q)^gamma as an exponential: a power's gradient is not finite at 0 where gamma < 1
+    positive = -torch.exp(gamma * functional.logsigmoid(-shifted)) * functional.logsigmoid(shifted)
+    negative = -torch.exp(gamma * functional.logsigmoid(logits)) * functional.logsigmoid(-logits)
     return (weights * (targets * positive + (1 - targets) * negative)).sum()

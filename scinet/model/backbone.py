@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -203,8 +204,8 @@ def _create(name: str, tag: str, options: ModelOptions) -> tuple[nn.Module, Any]
     try:
         model = open_clip.create_model(name, pretrained=tag or None, require_pretrained=True, force_image_size=size)
         tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         wanted = f"the weights of model.backbone={options.backbone}, model.pretrained={options.pretrained}"
         raise ConfigError(
             f"{wanted} cannot be had: {reason}; pass a weights file as model.pretrained, or set "

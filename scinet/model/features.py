@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from scinet.data.batch import Features
 from scinet.data.card import DataCard
 from scinet.data.stream import Order, SampleStream
 from scinet.data.views import VIEW_NAMES, Views, decode
-from scinet.distributed import Ranks, gather_uneven
+from scinet.distributed import Ranks, gather_uneven, sum_over_ranks
 from scinet.errors import DataError
 from scinet.model.network import Network, natively_bf16
 from scinet.options import Options
@@ -58,7 +59,9 @@ def ensure(
     described += [options.data.smallest_crop, natively_bf16(ranks.device)]
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     path = cache / "features" / f"{card.name}-{split}-{digest}.safetensors"
-    if not path.is_file():
+    # counted over ranks: where the cache is not shared, all must compute together or one would wait for ever
+    has_cache = int(sum_over_ranks(torch.tensor(int(path.is_file()), device=ranks.device), ranks))
+    if has_cache < ranks.world_size:
         features = _compute(network, card, split, variants, views, ranks, progress)
         if ranks.is_first:
             _save(features, path)
@@ -86,7 +89,7 @@ def _compute(
             for name in VIEW_NAMES
         ]
         features = network.extract(torch.stack([*drawn, views.plain(image)]).to(ranks.device)).cpu()
-        random.append(features[:-1].view(variants, len(VIEW_NAMES), -1).half())
+        random.append(features[:-1].view(variants, len(VIEW_NAMES), features.shape[-1]).half())
         plain.append(features[-1])
         truth.append(torch.from_numpy(sample.truth))
         index.append(sample.index)
@@ -110,7 +113,7 @@ def _all_ids(card: DataCard, split: str) -> tuple[str, ...]:
 
 def _save(features: Features, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
+    temporary = path.with_suffix(f".{os.getpid()}.part")
     tensors = {name: getattr(features, name).contiguous() for name in ("random", "plain", "truth", "index")}
     save_file(tensors, str(temporary), metadata={"ids": json.dumps(features.ids)})
     temporary.rename(path)

@@ -204,7 +204,12 @@ def test_all_problems_are_reported_together_when_there_are_several(tmp_path: Pat
 
 def test_all_relations_are_reported_together_when_several_are_broken() -> None:
     message = _refusal(
-        None, "data.cache_features=true", "fusion.momentum=0.5", "train.accumulation_steps=3", "name=a/b", "profile=release"
+        None,
+        "data.cache_features=true",
+        "fusion.momentum=0.5",
+        "train.accumulation_steps=3",
+        "name=a/b",
+        "profile=release",
     )
     for key in ("model.freeze_image", "fusion.memory=dense", "train.accumulation_steps", "'name'", "bi_dominant=none"):
         assert key in message
@@ -225,9 +230,7 @@ def test_relation_is_refused_until_the_other_option_fits(broken: list[str], mend
     config.load(None, [*broken, mended])
 
 
-@pytest.mark.parametrize(
-    "key", ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
-)
+@pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
 def test_deepspeed_key_is_refused_when_it_is_derived(key: str) -> None:
     message = _refusal(None, f"deepspeed.{key}=8")
     assert f"'deepspeed.{key}'" in message
@@ -258,7 +261,13 @@ def test_options_cannot_be_changed_when_loaded() -> None:
 
 
 def test_yaml_reads_back_to_the_same_options_when_written(tmp_path: Path) -> None:
-    overrides = ["name=2024", "profile=release", "model.bi_dominant=none", "optimizer.learning_rate=3e-5", "resume=true"]
+    overrides = [
+        "name=2024",
+        "profile=release",
+        "model.bi_dominant=none",
+        "optimizer.learning_rate=3e-5",
+        "resume=true",
+    ]
     overrides += ["data.prepare='say: x # y'", "deepspeed.a={b: 1, c: [1, 2]}", "deepspeed.d=x"]
     options = config.load(None, overrides)
     assert config.load(_file(tmp_path, config.to_yaml(options))) == options
@@ -266,7 +275,9 @@ def test_yaml_reads_back_to_the_same_options_when_written(tmp_path: Path) -> Non
 
 @QUICK
 @given(
-    name=st.from_regex(r"[A-Za-z0-9 _.:#'\"-]{1,12}", fullmatch=True).filter(lambda text: text.strip(". ") == text != ""),
+    name=st.from_regex(r"[A-Za-z0-9 _.:#'\"-]{1,12}", fullmatch=True).filter(
+        lambda text: text.strip(". ") == text != ""
+    ),
     context=st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), max_size=100),
     ratio=st.floats(0, 1),
     rate=st.floats(1e-12, 1e12),

@@ -96,17 +96,24 @@ def _read_image(path: Path) -> tuple[bytes, str]:
         with Image.open(io.BytesIO(content)) as image:
             kind = image.format or ""
             image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"image {path} cannot be decoded ({len(content)} bytes): {error}") from error
     if kind not in _EXTENSIONS:
         raise DataError(f"image {path} is {kind}, expected one of {', '.join(_EXTENSIONS)}")
     return content, _EXTENSIONS[kind]
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+
+
 def _class_list(path: Path) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"class list {path} does not exist")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in _text(path).splitlines() if line.strip()]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise DataError(f"class list {path} names '{sorted(repeated)[0]}' more than once")
@@ -114,12 +121,19 @@ def _class_list(path: Path) -> list[str]:
 
 
 def _read_csv(options: TableOptions, declared: list[str] | None) -> tuple[list[str], list[Row]]:
-    with options.labels.open(newline="", encoding="utf-8-sig") as file:
-        table = list(csv.reader(file))
+    try:
+        table = list(csv.reader(io.StringIO(_text(options.labels), newline="")))
+    except csv.Error as error:
+        raise DataError(f"{options.labels} is not readable as CSV: {error}") from error
+    while table and not table[-1]:
+        table.pop()  # blank lines at the end
     if len(table) < 2:
         raise DataError(f"{options.labels} has no row below its header")
     header = [cell.strip() for cell in table[0]]
     names = header[1:]
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated:
+        raise DataError(f"{options.labels} has more than one column '{repeated[0]}'")
     if declared is not None:
         _compare_classes(options, names, declared)
     order = declared or names
@@ -176,15 +190,15 @@ def _meanings(options: TableOptions, table: list[list[str]], width: int) -> dict
 
 def _read_jsonl(path: Path, declared: list[str] | None) -> tuple[list[str], list[Row]]:
     records: list[tuple[int, dict[str, Any]]] = []
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, text in enumerate(_text(path).split("\n"), start=1):
         if not text.strip():
             continue
         try:
             record = json.loads(text)
             record = {
                 "file": str(record["file"]),
-                "positives": [str(name) for name in record["positives"]],
-                "negatives": [str(name) for name in record.get("negatives", [])],
+                "positives": _names(record["positives"]),
+                "negatives": _names(record.get("negatives", [])),
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -198,9 +212,15 @@ def _read_jsonl(path: Path, declared: list[str] | None) -> tuple[list[str], list
         for name in [*record["positives"], *record["negatives"]]:
             if name not in position:
                 raise DataError(f"{path} line {line}: class '{name}' is not in the class list{nearest(name, names)}")
-        signs = [tuple(sorted(position[name] for name in record[key])) for key in ("positives", "negatives")]
+        signs = [tuple(sorted({position[name] for name in record[key]})) for key in ("positives", "negatives")]
         if set(signs[0]) & set(signs[1]):
             both = names[min(set(signs[0]) & set(signs[1]))]
             raise DataError(f"{path} line {line}: class '{both}' is positive and negative at once")
         rows.append(Row(record["file"], signs[0], signs[1], line))
     return names, rows
+
+
+def _names(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is not a list of class names")
+    return [str(name) for name in value]

@@ -33,7 +33,11 @@ def test_hashes_are_equal_when_another_process_computes_them() -> None:
 
 
 @QUICK
-@given(sample_id=st.text(max_size=30).filter(lambda text: text.isprintable()), seed=SEEDS, sizes=st.tuples(*[st.integers(1, 50)] * 2))
+@given(
+    sample_id=st.text(max_size=30).filter(lambda text: text.isprintable()),
+    seed=SEEDS,
+    sizes=st.tuples(*[st.integers(1, 50)] * 2),
+)
 def test_hashes_lie_in_the_unit_interval_and_do_not_depend_on_the_number_of_classes(
     sample_id: str, seed: int, sizes: tuple[int, int]
 ) -> None:
@@ -43,7 +47,12 @@ def test_hashes_lie_in_the_unit_interval_and_do_not_depend_on_the_number_of_clas
 
 
 @QUICK
-@given(truth=TRUTHS, sample_id=st.text(max_size=10).filter(str.isprintable), seed=SEEDS, ratios=st.tuples(*[st.floats(0, 1)] * 2))
+@given(
+    truth=TRUTHS,
+    sample_id=st.text(max_size=10).filter(str.isprintable),
+    seed=SEEDS,
+    ratios=st.tuples(*[st.floats(0, 1)] * 2),
+)
 def test_masks_are_nested_when_the_ratio_grows(
     truth: NDArray[np.int8], sample_id: str, seed: int, ratios: tuple[float, float]
 ) -> None:
@@ -80,7 +89,9 @@ def test_cells_are_independent_when_ids_or_classes_are_neighbours() -> None:
     _assert_uncorrelated(np.concatenate([base, np.roll(base, 1, axis=0)], axis=1))
 
 
-@pytest.mark.xfail(strict=True, reason="class a of seed b is class b of seed a: the mend changes the masks of seeds > 0")
+@pytest.mark.xfail(
+    strict=True, reason="class a of seed b is class b of seed a: the mend changes the masks of seeds > 0"
+)
 def test_cells_are_independent_when_seeds_are_neighbours() -> None:
     columns = [np.stack([uniforms(f"image-{n}", 6, seed) for n in range(2000)]) for seed in (0, 1, 2)]
     _assert_uncorrelated(np.concatenate(columns, axis=1))
@@ -115,7 +126,13 @@ def test_every_positive_is_chosen_about_equally_often_when_single_positive() -> 
 
 
 def test_seeds_differ_when_the_purpose_or_any_part_does() -> None:
-    parts = [(0, "views", 1, "a"), (0, "views", 1, "b"), (0, "order", 1, "a"), (1, "views", 0, "a"), (0, "views", 11, "a")]
+    parts = [
+        (0, "views", 1, "a"),
+        (0, "views", 1, "b"),
+        (0, "order", 1, "a"),
+        (1, "views", 0, "a"),
+        (0, "views", 11, "a"),
+    ]
     assert len({derive(*part) for part in parts}) == len(parts)
     assert all(0 <= derive(*part) < 2**63 for part in parts)
     assert text_key("a") != text_key("b")

@@ -19,7 +19,20 @@ from scinet.data.stream import Order, SampleStream, StoredSample
 from scinet.errors import ConfigError, DataError
 from tests.scinet.conftest import MakeSamples, MakeShards
 
-ODD_IDS = ["a.b.c", "dir/sub/a.jpg", "../up", ".hidden", "ü ñ 図", "100%", "%2E", "a\\b", "_x_", "__y__", "x" * 230, "Ä" * 30]
+ODD_IDS = [
+    "a.b.c",
+    "dir/sub/a.jpg",
+    "../up",
+    ".hidden",
+    "ü ñ 図",
+    "100%",
+    "%2E",
+    "a\\b",
+    "_x_",
+    "__y__",
+    "x" * 230,
+    "Ä" * 30,
+]
 
 
 def _stored(card: DataCard, split: str = "train") -> list[StoredSample]:
@@ -55,7 +68,9 @@ def test_samples_come_back_when_ids_hold_dots_slashes_and_other_scripts(
 
 
 @settings(deadline=None, max_examples=20)
-@given(ids=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1, max_size=6, unique=True))
+@given(
+    ids=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20), min_size=1, max_size=6, unique=True)
+)
 def test_samples_come_back_when_ids_are_any_text(
     make_samples: MakeSamples, make_shards: MakeShards, ids: list[str]
 ) -> None:
@@ -90,7 +105,9 @@ def test_bytes_are_identical_when_the_samples_are(make_samples: MakeSamples, mak
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 def test_holdout_takes_its_share_of_the_training_samples_only(share: float, make_shards: MakeShards) -> None:
     samples = [
-        RawSample(f"{split}/{n}", b"x", "jpg", (0,), (), split) for split, m in (("train", 1500), ("test", 100)) for n in range(m)
+        RawSample(f"{split}/{n}", b"x", "jpg", (0,), (), split)
+        for split, m in (("train", 1500), ("test", 100))
+        for n in range(m)
     ]
     card = make_shards(samples=samples, holdout=share, shard_samples=2000)
     sizes = {name: split.num_samples for name, split in card.splits.items()}
@@ -99,7 +116,9 @@ def test_holdout_takes_its_share_of_the_training_samples_only(share: float, make
     assert abs(sizes.get("holdout", 0) - 1500 * share) <= 4.5 * np.sqrt(1500 * share * (1 - share))
 
 
-def test_holdout_keeps_its_members_when_other_samples_come_and_go(make_samples: MakeSamples, make_shards: MakeShards) -> None:
+def test_holdout_keeps_its_members_when_other_samples_come_and_go(
+    make_samples: MakeSamples, make_shards: MakeShards
+) -> None:
     samples = make_samples(60)
     whole = make_shards(samples=samples, holdout=0.3)
     part = make_shards(samples=samples[::-2], holdout=0.3)
@@ -107,7 +126,9 @@ def test_holdout_keeps_its_members_when_other_samples_come_and_go(make_samples: 
     assert {s.sample_id for s in _stored(part, "holdout")} == {s.sample_id for s in _stored(whole, "holdout")} & kept
 
 
-def test_build_is_refused_and_the_folder_untouched_when_it_is_not_empty(tmp_path: Path, make_shards: MakeShards) -> None:
+def test_build_is_refused_and_the_folder_untouched_when_it_is_not_empty(
+    tmp_path: Path, make_shards: MakeShards
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
@@ -139,8 +160,10 @@ def test_build_fills_the_folder_when_it_is_empty(tmp_path: Path, make_shards: Ma
     assert (out / CARD_NAME).is_file()
 
 
-def test_build_is_refused_when_an_id_comes_twice(tmp_path: Path, make_samples: MakeSamples, make_shards: MakeShards) -> None:
-    with pytest.raises(DataError, match="'a.b' occurs twice"):
+def test_build_is_refused_when_an_id_comes_twice(
+    tmp_path: Path, make_samples: MakeSamples, make_shards: MakeShards
+) -> None:
+    with pytest.raises(DataError, match=r"'a\.b' occurs twice"):
         make_shards(samples=make_samples(3, ids=["a.b", "c", "a.b"]), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

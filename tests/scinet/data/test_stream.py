@@ -29,8 +29,8 @@ def shards(make_shards: MakeShards) -> DataCard:
     return make_shards(53, shard_samples=9)
 
 
-def _ids(card: DataCard, order: Order, **reader: int) -> list[str]:
-    return [sample.sample_id for sample in SampleStream(card, "train", order, **reader)]
+def _ids(card: DataCard, order: Order, rank: int = 0, world_size: int = 1) -> list[str]:
+    return [sample.sample_id for sample in SampleStream(card, "train", order, rank=rank, world_size=world_size)]
 
 
 def _sample_id(sample: StoredSample) -> str:
@@ -48,9 +48,7 @@ def test_every_sample_comes_exactly_once_when_the_pass_is_whole(shards: DataCard
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_global_order_is_equal_when_ranks_and_workers_share_it(
-    shards: DataCard, world_size: int, workers: int
-) -> None:
+def test_global_order_is_equal_when_ranks_and_workers_share_it(shards: DataCard, world_size: int, workers: int) -> None:
     parts = []
     for rank in range(world_size):
         part = SampleStream(shards, "train", ORDER, rank=rank, world_size=world_size, transform=_sample_id)
@@ -126,7 +124,7 @@ def test_sample_says_where_it_lies_when_read(shards: DataCard) -> None:
     assert "train-0000" in sample.where
 
 
-def _rewrite(make_shards: MakeShards, change: Callable[[dict[str, bytes]], None]) -> DataCard:
+def _rewrite(make_shards: MakeShards, change: Callable[[dict[str, bytes]], object]) -> DataCard:
     """Return a card whose one shard had its members changed."""
     card = make_shards(4, shard_samples=4)
     path = card.shard_paths("train")[0]
@@ -212,14 +210,12 @@ def test_shard_is_named_when_it_is_truncated_anywhere(make_shards: MakeShards, s
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shard_is_named_when_the_second_of_three_is_truncated(
-    make_shards: MakeShards, workers: int
-) -> None:
+def test_shard_is_named_when_the_second_of_three_is_truncated(make_shards: MakeShards, workers: int) -> None:
     card = make_shards(12, shard_samples=4)
     path = card.shard_paths("train")[1]
     path.write_bytes(path.read_bytes()[:3000])
     loader = DataLoader(SampleStream(card, "train", Order(0, 0, 1, 0)), batch_size=None, num_workers=workers)
-    seen = []
+    seen: list[StoredSample] = []
     with pytest.raises(DataError) as caught:
         seen.extend(loader)
     assert str(path) in str(caught.value)
