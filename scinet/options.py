@@ -139,7 +139,9 @@ class FusionOptions:
     """The cross-modality fusion module: one confidence matrix Q (method.md section 3)."""
 
     enabled: bool = option(True, "false: Q is the teacher's probability, known cells override")
-    combine: Combine = option(Combine.pool, "pool: log-odds averaged; evidence: log-odds added; linear: the literal reading")
+    combine: Combine = option(
+        Combine.pool, "pool: log-odds averaged; evidence: log-odds added; linear: the literal reading"
+    )
     instance_weight: float = option(1.0, "l_n: weight of the instance-similarity term", low=0.0)
     label_weight: float = option(0.5, "l_q: weight of the label-correlation term", low=0.0)
     momentum: float = option(0.0, "mu: share of the sample's previous confidence", low=0.0, high=1.0)

@@ -76,9 +76,7 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
             rundir.discard_if_never_started(directory)
 
 
-def _carry_out(
-    options: Options, ranks: Ranks, voice: Voice, directory: RunDirectory, started: float
-) -> dict[str, Any]:
+def _carry_out(options: Options, ranks: Ranks, voice: Voice, directory: RunDirectory, started: float) -> dict[str, Any]:
     made = materials.gather(options, ranks, voice.progress)
     evaluation: dict[str, Any] = {
         "class_names": list(made.card.class_names),
@@ -140,6 +138,7 @@ def _train(
     _describe(directory, options, made, ranks)
     if options.resume and checkpoint.load_state(directory, trainer, ranks):
         voice.say(f"resumed after epoch {trainer.progress.epoch} at step {trainer.progress.step}")
+    log.rewind(trainer.progress.step)
     every = options.train.evaluate_every_epochs
     for epoch in trainer.epochs():
         is_last = trainer.progress.step >= trainer.total_steps

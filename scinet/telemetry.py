@@ -103,6 +103,17 @@ class MetricsLog:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after a step: a resumed run goes through those steps once more."""
+        kept = [row for row in self.rows if row["step"] <= step]
+        if len(kept) == len(self.rows):
+            return
+        self.rows = kept
+        if self._path is not None:
+            temporary = self._path.with_name(f".{self._path.name}.part")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(self._path)
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``metrics.jsonl``."""

@@ -50,7 +50,8 @@ def uniforms(sample_id: str, num_classes: int, seed: int) -> npt.NDArray[np.floa
     Returns:
         [C] float64 in [0, 1); a cell is known at ratio rho iff its value is below rho, so masks are nested over rho.
     """
-    start = np.uint64(text_key(sample_id)) ^ mix(np.array([seed], dtype=np.uint64))[0]
+    # mixed twice: once, like the classes, class a of seed b would be class b of seed a
+    start = np.uint64(text_key(sample_id)) ^ mix(mix(np.array([seed], dtype=np.uint64)))[0]
     cells = mix(mix(np.arange(num_classes, dtype=np.uint64)) ^ start)
     return (cells >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

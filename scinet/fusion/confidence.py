@@ -96,6 +96,9 @@ class Fusion:
         observed = batch.observed
         if not self.options.enabled:
             return Confidence(_override(probabilities, observed), probabilities, None, None)
+        raw: Tensor
+        instance: Tensor | None
+        label: Tensor | None
         if self.options.combine is Combine.linear:
             raw, instance, label = self._linear(batch, probabilities, everyone)
         else:
@@ -120,32 +123,37 @@ class Fusion:
 
         ``evidence`` adds the neighbours' log-odds to the teacher's as if the two were independent. They are not: the
         teacher has learnt from the same known labels. ``pool`` (ours) takes their weighted mean instead, a logarithmic
-        opinion pool, and adds only the label term: the targets are then calibrated (configs/compare/README.md).
+        opinion pool, in which neighbours without a known label have no say, and adds only the label term: the targets
+        are then better calibrated (configs/compare/README.md).
         """
         rate = self.correlation.positive_rate()
         prior = torch.logit(rate)
         score = torch.logit(probabilities.clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY))
         instance = label = None
         if self.options.instance_weight:
-            instance = self._neighbour_vote(batch, everyone, rate)
-            score = score + self.options.instance_weight * (_clamped_logit(instance) - prior)
+            instance, say = self._neighbour_vote(batch, everyone, rate)
             if self.options.combine is Combine.pool:
-                weight = self.options.instance_weight
-                score = (score + weight * prior) / (1 + weight)
+                weight = self.options.instance_weight * say
+                score = (score + weight * _clamped_logit(instance)) / (1 + weight)
+            else:
+                score = score + self.options.instance_weight * (_clamped_logit(instance) - prior)
         if self.options.label_weight:
             correlation = self.correlation.known_correlation(self.options.label_shrinkage)
             label = conditional_expectation(correlation, rate, batch.observed, noise=self.options.label_noise)
             score = score + self.options.label_weight * (_clamped_logit(label) - prior)
         return torch.sigmoid(score), instance, label
 
-    def _neighbour_vote(self, batch: Neighbours, everyone: Neighbours, rate: Tensor) -> Tensor:
-        """Return N: what the known labels of similar images say, with the class prior as ``prior_strength`` votes."""
+    def _neighbour_vote(self, batch: Neighbours, everyone: Neighbours, rate: Tensor) -> tuple[Tensor, Tensor]:
+        """Return N, what the known labels of similar images say, and their share of it, both [B, C].
+
+        The rest of N is the class prior, which has ``prior_strength`` votes.
+        """
         rows = self._candidates(everyone)
         known = (rows.observed != 0).float()
         positive = (rows.observed > 0).float()
         votes, mass = self._propagate(batch, rows, torch.cat([positive, known], dim=1)).chunk(2, dim=1)
         strength = self.options.prior_strength
-        return (votes + strength * rate) / (mass + strength)
+        return (votes + strength * rate) / (mass + strength), mass / (mass + strength)
 
     def _linear(self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours) -> tuple[Tensor, Tensor, Tensor]:
         rows = self._candidates(everyone)

@@ -39,7 +39,7 @@ def test_defaults_hold_when_nothing_is_given() -> None:
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        ("nmae=x", "name"),
+        ("naame=x", "name"),
         ("data.knwon_ratio=0.1", "data.known_ratio"),
         ("dta.known_ratio=0.1", "data.known_ratio"),
         ("model.bi_dominent=late", "model.bi_dominant"),
@@ -57,9 +57,9 @@ def test_unknown_key_suggests_the_right_one_when_mistyped(typed: str, meant: str
 @pytest.mark.parametrize(
     ("text", "typed", "meant"),
     [
-        ("mehtod: bce", "mehtod", "method"),
+        ("metthod: bce", "metthod", "method"),
         ("fusion:\n  bank_sise: 4", "fusion.bank_sise", "fusion.bank_size"),
-        ("corelation:\n  shrinkage: 4", "corelation.shrinkage", "correlation.shrinkage"),
+        ("corrlation:\n  shrinkage: 4", "corrlation.shrinkage", "correlation.shrinkage"),
     ],
 )
 def test_unknown_key_names_the_file_when_it_stands_in_one(tmp_path: Path, text: str, typed: str, meant: str) -> None:
@@ -305,7 +305,9 @@ def test_replace_changes_only_what_it_is_told() -> None:
     changed = config.replace(options, name="other", fusion__combine=Combine.linear, model__bi_dominant="none")
     assert changed.fusion.combine is Combine.linear
     assert changed.model.bi_dominant is BiDominant.none
-    back = config.replace(changed, name="run", fusion__combine="evidence", model__bi_dominant=BiDominant.late)
+    back = config.replace(
+        changed, name="run", fusion__combine=options.fusion.combine.value, model__bi_dominant=BiDominant.late
+    )
     assert back == options
     assert options.name == "run"
 

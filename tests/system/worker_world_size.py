@@ -1,6 +1,6 @@
 """One rank of the world-size test: trains five steps a mode and writes what must not depend on the number of ranks.
 
-Usage, under torchrun: worker_world_size.py OUT key=value ...
+Usage, under torchrun: worker_world_size.py OUT MODE[,MODE] key=value ...
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class Recorder(Trainer):
         return step
 
 
-def main(out: Path, overrides: list[str]) -> None:
+def main(out: Path, modes: list[str], overrides: list[str]) -> None:
     ranks = initialise(120)
-    for mode, switches in MODES.items():
-        options = config.load(None, [*overrides, *switches])
+    for mode in modes:
+        options = config.load(None, [*overrides, *MODES[mode]])
         made = materials.gather(options, ranks, lambda *_: None)
         trainer = Recorder(options, made, ranks, MetricsLog(None), Silence())
         start = {f"start.student.{name}": value for name, value in trainer.student_state().items()}
@@ -88,4 +88,4 @@ def main(out: Path, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])

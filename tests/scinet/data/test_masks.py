@@ -20,9 +20,9 @@ SEEDS = st.integers(0, 2**63)
 
 def test_hashes_never_change_when_the_code_does() -> None:
     # a change here changes every published mask: data made and results measured before are no longer comparable
-    expected = ["0x1.870fac6f4ef7cp-1", "0x1.5647977dbae68p-2", "0x1.61488986e0800p-6", "0x1.c06163c17b79ep-2"]
+    expected = ["0x1.275f9deefb527p-1", "0x1.53ea8ea0c3a47p-1", "0x1.e791451db0cb8p-3", "0x1.83ff86f5bb76cp-2"]
     assert [value.hex() for value in uniforms("scene-0000001", 4, 0).tolist()] == expected
-    assert uniforms("ü/a.b", 3, 7).tolist() == [0.6221182992842388, 0.2761491130064738, 0.7106381556262215]
+    assert uniforms("ü/a.b", 3, 7).tolist() == [0.6030682516888711, 0.6484182574399392, 0.8972664919023255]
     assert derive(3, "views", 1, "a") == 4754102034400308814
 
 
@@ -89,9 +89,6 @@ def test_cells_are_independent_when_ids_or_classes_are_neighbours() -> None:
     _assert_uncorrelated(np.concatenate([base, np.roll(base, 1, axis=0)], axis=1))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="class a of seed b is class b of seed a: the mend changes the masks of seeds > 0"
-)
 def test_cells_are_independent_when_seeds_are_neighbours() -> None:
     columns = [np.stack([uniforms(f"image-{n}", 6, seed) for n in range(2000)]) for seed in (0, 1, 2)]
     _assert_uncorrelated(np.concatenate(columns, axis=1))

@@ -147,8 +147,11 @@ def test_probabilities_come_back_when_fusion_is_disabled() -> None:
 
 @pytest.mark.parametrize("bandwidth", list(Bandwidth))
 @pytest.mark.parametrize("density", [0.5, 0.0005])
-def test_probabilities_come_back_when_there_is_no_evidence(bandwidth: Bandwidth, density: float) -> None:
-    fusion = _fusion(bandwidth=bandwidth, bank_size=0)
+@pytest.mark.parametrize("combine", [Combine.evidence, Combine.pool])
+def test_probabilities_come_back_when_there_is_no_evidence(
+    bandwidth: Bandwidth, density: float, combine: Combine
+) -> None:
+    fusion = _fusion(bandwidth=bandwidth, bank_size=0, combine=combine)
     generator = torch.Generator().manual_seed(0)
     past = _rows(4000, 1, start=100)
     drawn = torch.where(torch.rand(4000, C, generator=generator) < density, 1, -1).to(torch.int8)
@@ -186,7 +189,8 @@ def test_log_odds_equal_the_loops_when_combined(combine: Combine, radius: float,
     expectation = _expected_label(correlation, rate, batch[1], 0.3)
     score = _logit(probabilities[3:9].double().numpy())
     if combine is Combine.pool:
-        score = (score + 0.8 * _logit(votes)) / 1.8
+        say = 0.8 * (weights @ known) / (weights @ known + 0.05)
+        score = (score + say * _logit(votes)) / (1 + say)
     else:
         score += 0.8 * (_logit(votes) - _logit(rate))
     score += 1.3 * (_logit(expectation) - _logit(rate))
@@ -199,7 +203,7 @@ def test_log_odds_equal_the_loops_when_combined(combine: Combine, radius: float,
 
 @pytest.mark.parametrize("weight", ["instance_weight", "label_weight"])
 def test_part_is_none_when_its_weight_is_zero(weight: str) -> None:
-    fusion, everyone = _fusion(**{weight: 0.0}), _rows(8, 0)
+    fusion, everyone = _fusion(**dict[str, Any]({weight: 0.0})), _rows(8, 0)
     confidence = fusion.combine(everyone, _probabilities(8), everyone)
     assert (confidence.instance is None) == (weight == "instance_weight")
     assert (confidence.label is None) == (weight == "label_weight")

@@ -29,7 +29,7 @@ def _refusal(tmp_path: Path, name: str, tag: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("embeded", "embedded"), ("RN11", "RN101"), ("vit-b-16", "ViT-B-16")])
+@pytest.mark.parametrize(("typed", "meant"), [("embeddd", "embedded"), ("RN11", "RN101"), ("vit-b-16", "ViT-B-16")])
 def test_model_is_suggested_when_its_name_is_mistyped(tmp_path: Path, typed: str, meant: str) -> None:
     message = _refusal(tmp_path, typed, "openai")
     assert f"model.backbone='{typed}'" in message

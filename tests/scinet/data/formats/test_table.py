@@ -166,8 +166,8 @@ def test_table_is_refused_when_it_is_not_utf8(images: Path, name: str) -> None:
 
 def test_file_is_suggested_when_the_table_is_missing(images: Path) -> None:
     options = _options(images, "x")
-    message = _refusal(TableOptions(options.labels.with_name("lables.csv"), images), ConfigError)
-    assert "lables.csv does not exist" in message
+    message = _refusal(TableOptions(options.labels.with_name("labelss.csv"), images), ConfigError)
+    assert "labelss.csv does not exist" in message
     assert f"did you mean '{options.labels}'" in message
 
 

@@ -1,0 +1,91 @@
+"""1, 2 and 4 ranks with one global batch compute the same, in the same order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+WORKER = Path(__file__).parent / "worker_world_size.py"
+MODES = {1: ("features", "images"), 2: ("features", "images"), 4: ("features",)}
+TOLERANCE = 1e-5
+OVERRIDES = (
+    "data.cached_variants=2",
+    "model.image_size=64",
+    "train.global_batch_size=16",
+    "train.precision=fp32",
+    "train.log_every_steps=1",
+    "loss.warmup_fraction=0",
+)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, scenes: Path, launch: Any) -> dict[int, Path]:
+    """Folders of what each world size wrote."""
+    folders = {}
+    for size, modes in MODES.items():
+        folders[size] = tmp_path_factory.mktemp(f"ranks-{size}")
+        arguments = (folders[size], ",".join(modes), f"data.path={scenes}", *OVERRIDES)
+        done = launch("torchrun", "--nproc-per-node", size, WORKER, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def _read(folder: Path, mode: str, rank: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = json.loads((folder / f"{mode}-{rank}.json").read_text())
+    return load_file(str(folder / f"{mode}-{rank}.safetensors")), rows
+
+
+def _compare(got: dict[str, Tensor], want: dict[str, Tensor], prefixes: tuple[str, ...], tolerance: float) -> None:
+    names = [name for name in want if name.startswith(prefixes)]
+    assert names
+    assert [name for name in got if name.startswith(prefixes)] == names
+    for name in names:
+        torch.testing.assert_close(
+            got[name],
+            want[name],
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize(("size", "mode"), [(2, "features"), (2, "images"), (4, "features")])
+def test_steps_are_equal_when_only_the_number_of_ranks_differs(recorded: dict[int, Path], size: int, mode: str) -> None:
+    want, want_rows = _read(recorded[1], mode, 0)
+    assert len(want_rows) == 5
+    for rank in range(size):
+        got, rows = _read(recorded[size], mode, rank)
+        assert [row["ids"] for row in rows] == [row["ids"] for row in want_rows]
+        for row, want_row in zip(rows, want_rows, strict=True):
+            for name in want_row.keys() - {"ids"}:
+                assert row[name] == pytest.approx(want_row[name], rel=TOLERANCE, abs=TOLERANCE), name
+        _compare(got, want, ("start.",), 1e-6)  # the bias: one bisection over differently batched logits
+        _compare(got, want, ("0.", "1.", "2.", "3.", "4."), TOLERANCE)
+        _compare(got, want, ("end.",), TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["features", "images"])
+def test_recorded_steps_exercise_the_whole_method(recorded: dict[int, Path], mode: str) -> None:
+    tensors, rows = _read(recorded[1], mode, 0)
+    assert all(row["consistency_weak"] > 0 and row["distillation"] > 0 for row in rows)
+    assert all(row["gradient_norm"] > 0 for row in rows)
+    assert len({name for row in rows for name in row["ids"]}) == 80  # no sample twice in an epoch
+    assert len(tensors["4.bank.indices"]) == 80
+    assert not torch.equal(tensors["0.thresholds"], tensors["4.thresholds"])
+    moved = tensors["start.student.prompter.context"] - tensors["end.student.prompter.context"]
+    assert moved.abs().max() > 0
+
+
+def test_teacher_is_equal_to_the_student_at_the_start(recorded: dict[int, Path]) -> None:
+    tensors, _ = _read(recorded[1], "features", 0)
+    names = [name.removeprefix("start.student.") for name in tensors if name.startswith("start.student.")]
+    assert all(torch.equal(tensors[f"start.student.{name}"], tensors[f"start.teacher.{name}"]) for name in names)
