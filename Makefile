@@ -15,13 +15,13 @@ setup: ## install the locked packages once, and .venv for this clone
 
 quickstart: setup ## train SCINet and a baseline on the embedded data, and write a page (about 10 minutes)
 	@echo "1/3 data: scenes drawn from OpenMoji"
-	@test -f data/scenes/dataset.json || $(BIN)/scinet data build scenes --out data/scenes --count 1500
+	@test -f data/scenes/dataset.json || $(BIN)/scinet data build scenes --out data/scenes --count 2000
 	@echo "2/3 baseline: binary cross-entropy on the known labels"
 	@test -f $(QUICKSTART)-baseline/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed scinet/train.py \
-		--config configs/quickstart.yaml method=bce baseline= name=quickstart-baseline resume=true
+		--config configs/quickstart.yaml method=bce name=quickstart-baseline resume=true
 	@echo "3/3 SCINet"
 	@test -f $(QUICKSTART)/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed scinet/train.py \
-		--config configs/quickstart.yaml resume=true
+		--config configs/quickstart.yaml baseline=$(QUICKSTART)-baseline resume=true
 	@$(BIN)/scinet show --run $(QUICKSTART)
 
 test: setup lint types layers spelling tests ## every check, as in CI

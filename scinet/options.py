@@ -211,7 +211,7 @@ class Options:
     profile: Profile = option(Profile.paper, "paper: all of method.md; release: the released trunk")
     seed: int = option(0, "seed of initialisation, order and augmentation", low=0)
     resume: bool = option(False, "go on with the run that the directory holds")
-    baseline: str = option("", "directory of a finished run whose result the page shows beside this one's")
+    baseline: str = option("", "a finished run's directory, whose result the page shows beside this one's")
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     correlation: CorrelationOptions = field(default_factory=CorrelationOptions)

@@ -69,6 +69,8 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
     started = time.monotonic()
     directory: RunDirectory = from_first_rank(lambda: rundir.create(options), ranks)
     voice.say(f"{options.method.value} ({options.profile.value}) on {options.data.path}, {ranks.world_size} rank(s)")
+    if options.baseline:
+        rundir.read_evaluation(rundir.find(Path(options.baseline))[0])
     try:
         return _carry_out(options, ranks, voice, directory, started)
     finally:

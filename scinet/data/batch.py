@@ -16,7 +16,7 @@ from scinet.data.card import DataCard
 from scinet.data.masks import derive, observe
 from scinet.data.stream import Order, SampleStream, StoredSample
 from scinet.data.views import Views, decode
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions
 
 
@@ -174,6 +174,8 @@ class ImageBatches:
         loader = DataLoader(stream, batch_size=None, num_workers=options.workers)
         gathered: list[_Example] = []
         for example in loader:
+            if isinstance(example, DataError):
+                raise example
             gathered.append(example)
             if len(gathered) == share.micro_batch_size:
                 yield _collate(gathered)

@@ -82,12 +82,21 @@ class SampleStream(IterableDataset[Any]):
         self._rank, self._world_size, self._transform = rank, world_size, transform
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the samples of this rank and worker in the global order."""
+        """Yield the samples of this rank and worker in the global order.
+
+        A loader process yields a :class:`DataError` as its last item instead of raising it: raised there, torch would
+        wrap it in a traceback.
+        """
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         residue, readers = self._rank + self._world_size * number, self._world_size * workers
-        for sample in _read_positions(self._card, self._split, self._order, residue, readers):
-            yield sample if self._transform is None else self._transform(sample)
+        try:
+            for sample in _read_positions(self._card, self._split, self._order, residue, readers):
+                yield sample if self._transform is None else self._transform(sample)
+        except DataError as error:
+            if worker is None:
+                raise
+            yield error
 
 
 def _read_positions(card: DataCard, split: str, order: Order, residue: int, readers: int) -> Iterator[StoredSample]:

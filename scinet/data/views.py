@@ -1,5 +1,7 @@
 """Three views of a decoded image and the plain one for evaluation (method.md section 4).
 
+Each view draws its own crop and flip; what they share is the decoded image and the kind of transform.
+
 The random numbers of a view depend on (seed, epoch, sample id, view) alone, so that any rank or worker draws the same.
 """
 

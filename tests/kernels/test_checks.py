@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from scinet_kernels import PearsonState, gaussian_propagate, nearest_neighbours, pearson
 
 

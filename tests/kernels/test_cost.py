@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from scinet_kernels import estimate
 
 

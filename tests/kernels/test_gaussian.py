@@ -11,9 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scinet_kernels import gaussian_mass, gaussian_propagate, gaussian_similarity, median_bandwidth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from scinet_kernels import gaussian_mass, gaussian_propagate, gaussian_similarity, median_bandwidth
 
 MODEST = settings(deadline=None, max_examples=25)
 SIZES = st.sampled_from([1, 2, 3, 5, 16, 17, 31])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scinet_kernels import gaussian_propagate, nearest_neighbours
 from torch import Tensor
+
+from scinet_kernels import gaussian_propagate, nearest_neighbours
 
 MODEST = settings(deadline=None, max_examples=25)
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scinet_kernels import PearsonState, pearson
 from torch import Tensor
+
+from scinet_kernels import PearsonState, pearson
 
 MODEST = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 2**31)

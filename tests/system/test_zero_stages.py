@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def rows(folder: Path) -> Rows:
     return found
 
 
-@pytest.mark.parametrize("kind", ["fp32", "accumulated"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "stage"), [("fp32", 1), ("fp32", 2), ("fp32", 3), ("accumulated", 2)])
 def test_training_is_equal_when_only_the_stage_differs(folder: Path, rows: Rows, kind: str, stage: int) -> None:
     want, got = rows[f"{kind}-0"], rows[f"{kind}-{stage}"]
     assert len(want) == len(got) == STEPS
@@ -60,8 +60,10 @@ def test_training_is_equal_when_only_the_stage_differs(folder: Path, rows: Rows,
         torch.testing.assert_close(state[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "accumulated"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [*product(("fp32", "bf16"), range(4)), ("accumulated", 0), ("accumulated", 2)],
+)
 def test_losses_are_finite_and_weights_move(folder: Path, rows: Rows, kind: str, stage: int) -> None:
     steps = rows[f"{kind}-{stage}"]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))

@@ -18,6 +18,7 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 
 STAGES = (0, 1, 2, 3)
+ACCUMULATED_STAGES = (0, 2)
 
 
 def configurations() -> dict[str, list[str]]:
@@ -27,6 +28,7 @@ def configurations() -> dict[str, list[str]]:
         for precision in ("fp32", "bf16"):
             own = [f"train.precision={precision}", f"deepspeed.zero_optimization.stage={stage}"]
             found[f"{precision}-{stage}"] = own
+    for stage in ACCUMULATED_STAGES:
         found[f"accumulated-{stage}"] = [
             "train.precision=fp32",
             "train.accumulation_steps=2",
