@@ -155,4 +155,9 @@ def _load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who
     backbone.image.to(device)
     network = Network(backbone, class_names, options.model, top_k=options.correlation.graph_top_k).to(device).eval()
     checkpoint.load_into(network, run.checkpoints / "selected" / f"{who}.safetensors")
-    return network, Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)
+
+    def forward(images: Any) -> Any:
+        # trained on cached features: those have no regions to attend to, so the network must see none here either
+        return network(network.extract(images) if options.data.cache_features else images)
+
+    return forward, Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)

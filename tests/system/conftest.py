@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -69,11 +70,21 @@ def scinet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture
-def train(capsys: pytest.CaptureFixture[str]) -> Call:
+def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """``train("--config", path, "key=value")``: the training command, inside this process."""
+    import torch.distributed as dist
+
+    from scinet import distributed, running
     from scinet import train as command
 
+    # DeepSpeed keeps the first group of a process: runs after it must not form another
+    monkeypatch.setattr(running, "shut_down", lambda: None)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+
     def call(*arguments: object) -> Result:
+        if dist.is_initialized():
+            dist.distributed_c10d._get_default_store().delete_key(distributed._FAILURES)
         capsys.readouterr()
         status = command.main([str(argument) for argument in arguments])
         return Result(status, *capsys.readouterr())
@@ -85,9 +96,11 @@ def train(capsys: pytest.CaptureFixture[str]) -> Call:
 def scenes(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
     """A small data set, built by the command that the README names."""
     out = tmp_path_factory.mktemp("data") / "scenes"
-    arguments = ("--out", out, "--count", 120, "--image-size", 96, "--shard-samples", 40)
+    arguments = ("--out", out, "--count", 130, "--image-size", 96, "--shard-samples", 40, "--holdout", 0.1)
     built = launch(sys.executable, "-m", "scinet.cli", "data", "build", "scenes", *arguments)
     assert built.returncode == 0, built.stderr
+    splits = json.loads((out / "dataset.json").read_text())["splits"]
+    assert 80 <= splits["train"]["num_samples"] < 96, "the tests count on five steps of 16 an epoch"
     return out
 
 

@@ -127,7 +127,7 @@ def test_evaluate_repeats_the_selected_test_metrics(trained: Path, scinet: Any) 
     printed = json.loads(result.out)
     for who in ("teacher", "student"):
         want = _evaluation(trained)["selected"][who]["mean_average_precision"]
-        assert printed[who]["mean_average_precision"] == pytest.approx(want, abs=0.5)  # features are cached in fp16
+        assert printed[who]["mean_average_precision"] == pytest.approx(want, abs=0.5)
     text = scinet("evaluate", "--run", trained)
     assert text.status == 0
     assert "teacher: mAP" in text.out
