@@ -17,10 +17,10 @@ quickstart: setup ## train SCINet and a baseline on the embedded data, and write
 	@echo "1/3 data: scenes drawn from OpenMoji"
 	@test -f data/scenes/dataset.json || $(BIN)/scinet data build scenes --out data/scenes --count 2000
 	@echo "2/3 baseline: binary cross-entropy on the known labels"
-	@test -f $(QUICKSTART)-baseline/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed scinet/train.py \
+	@test -f $(QUICKSTART)-baseline/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning scinet/train.py \
 		--config configs/quickstart.yaml method=bce name=quickstart-baseline resume=true
 	@echo "3/3 SCINet"
-	@test -f $(QUICKSTART)/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed scinet/train.py \
+	@test -f $(QUICKSTART)/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning scinet/train.py \
 		--config configs/quickstart.yaml baseline=$(QUICKSTART)-baseline resume=true
 	@$(BIN)/scinet show --run $(QUICKSTART)
 

