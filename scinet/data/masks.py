@@ -39,6 +39,15 @@ def derive(*parts: int | str) -> int:
     return text_key("\x1f".join(map(str, parts))) >> 1
 
 
+def uniform(text: str) -> float:
+    """Return the hash of a text as a number in [0, 1), for decisions that a sample's id alone should settle."""
+    return float(_unit_interval(mix(np.array([text_key(text)], dtype=np.uint64)))[0])
+
+
+def _unit_interval(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    return (values >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def uniforms(sample_id: str, num_classes: int, seed: int) -> npt.NDArray[np.float64]:
     """Return the cell hashes of one sample.
 
@@ -52,8 +61,7 @@ def uniforms(sample_id: str, num_classes: int, seed: int) -> npt.NDArray[np.floa
     """
     # mixed twice: once, like the classes, class a of seed b would be class b of seed a
     start = np.uint64(text_key(sample_id)) ^ mix(mix(np.array([seed], dtype=np.uint64)))[0]
-    cells = mix(mix(np.arange(num_classes, dtype=np.uint64)) ^ start)
-    return (cells >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return _unit_interval(mix(mix(np.arange(num_classes, dtype=np.uint64)) ^ start))
 
 
 def observe(

@@ -15,7 +15,7 @@ from urllib.parse import quote
 import webdataset
 
 from scinet.data import card
-from scinet.data.masks import uniforms
+from scinet.data.masks import uniform
 from scinet.errors import ConfigError, DataError
 
 
@@ -88,7 +88,7 @@ def _write_shards(
             raise DataError(f"sample id '{sample.sample_id}' occurs twice; ids must be unique")
         seen.add(key)
         split = sample.split
-        if split == "train" and uniforms(f"holdout/{sample.sample_id}", 1, 0)[0] < holdout:
+        if split == "train" and uniform(f"holdout/{sample.sample_id}") < holdout:
             split = "holdout"
         if split not in writers:
             writers[split] = _SplitWriter(directory, split, num_classes, shard_samples)

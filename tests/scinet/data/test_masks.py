@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scinet.data.masks import derive, observe, text_key, uniforms
+from scinet.data.masks import derive, observe, text_key, uniform, uniforms
 
 QUICK = settings(deadline=None, max_examples=25)
 TRUTHS = st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=40).map(lambda row: np.array(row, dtype=np.int8))
@@ -23,6 +23,7 @@ def test_hashes_never_change_when_the_code_does() -> None:
     expected = ["0x1.275f9deefb527p-1", "0x1.53ea8ea0c3a47p-1", "0x1.e791451db0cb8p-3", "0x1.83ff86f5bb76cp-2"]
     assert [value.hex() for value in uniforms("scene-0000001", 4, 0).tolist()] == expected
     assert uniforms("ü/a.b", 3, 7).tolist() == [0.6030682516888711, 0.6484182574399392, 0.8972664919023255]
+    assert uniform("holdout/a") == 0.4245883812400473
     assert derive(3, "views", 1, "a") == 4754102034400308814
 
 
