@@ -105,19 +105,6 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     return torch.stack(gathered, dim=1).flatten(0, 1)
 
 
-def gather_uneven(rows: Tensor, ranks: Ranks, total: int) -> Tensor:
-    """Return ``total`` rows in global order where the last ranks may have one less. Collective.
-
-    Args:
-        rows: [B, ...], B = ceil((total - rank) / world_size).
-        ranks: this process.
-        total: rows over all ranks.
-    """
-    longest = -(-total // ranks.world_size)
-    padding = rows.new_zeros(longest - len(rows), *rows.shape[1:])
-    return gather_rows(torch.cat([rows, padding]), ranks)[:total]
-
-
 def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     """Return the element-wise sum over all ranks. Collective."""
     if ranks.world_size == 1:

@@ -8,18 +8,20 @@ lanes as a multiple of the readers each tar is read by its own lanes only.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import webdataset
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from scinet.data.card import DataCard
@@ -97,6 +99,19 @@ class SampleStream(IterableDataset[Any]):
             if worker is None:
                 raise
             yield error
+
+
+def read_evenly(card: DataCard, split: str, *, rank: int, world_size: int) -> Iterator[StoredSample]:
+    """Yield a rank's samples of a split in the written order, then a blank where other ranks have one more.
+
+    Every rank gets equally many, if only a blank, and makes the same collective calls.
+    """
+    rows = -(-card.split(split).num_samples // world_size)
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(pixel, "png")
+    blank = StoredSample("", -1, pixel.getvalue(), np.zeros(card.num_classes, dtype=np.int8), "a blank")
+    stream = SampleStream(card, split, Order(0, 0, 1, 0), rank=rank, world_size=world_size)
+    return islice(chain(stream, repeat(blank)), rows)
 
 
 def _read_positions(card: DataCard, split: str, order: Order, residue: int, readers: int) -> Iterator[StoredSample]:

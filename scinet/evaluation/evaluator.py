@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from scinet.data.batch import Features
 from scinet.data.card import DataCard
-from scinet.data.stream import Order, SampleStream
+from scinet.data.stream import read_evenly
 from scinet.data.views import Views, decode
-from scinet.distributed import Ranks, gather_uneven
+from scinet.distributed import Ranks, gather_rows
 from scinet.model.network import Output
 
 _BATCH = 64
@@ -41,24 +42,19 @@ class PlainSplit:
             with torch.no_grad():
                 probabilities.append(torch.sigmoid(forward(inputs.to(ranks.device)).logits).float())
             truth.append(labels.to(ranks.device))
-        gathered = (gather_uneven(torch.cat(rows), ranks, self.num_samples).cpu() for rows in (probabilities, truth))
+        gathered = (gather_rows(torch.cat(rows), ranks)[: self.num_samples].cpu() for rows in (probabilities, truth))
         return Scores(*gathered)
 
     def _batches(self, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield equally many batches on every rank: under ZeRO 3 a forward pass is a collective."""
         if self._features is not None:
-            mine = slice(ranks.rank, None, ranks.world_size)
+            places = torch.arange(ranks.rank, ranks.rank + self.num_samples, ranks.world_size)
+            # where the last ranks lack a sample the last one stands in, and is dropped once gathered
+            mine = places.clamp_max(self.num_samples - 1)
             plain, truth = self._features.plain[mine].float(), self._features.truth[mine]
             yield from zip(torch.split(plain, _BATCH), torch.split(truth, _BATCH), strict=True)
             return
-        order = Order(0, 0, 1, 0)
-        stream = SampleStream(self._card, self._name, order, rank=ranks.rank, world_size=ranks.world_size)
-        images: list[Tensor] = []
-        labels: list[Tensor] = []
-        for sample in stream:
-            images.append(self._views.plain(decode(sample.image, sample.where)))
-            labels.append(torch.from_numpy(sample.truth))
-            if len(images) == _BATCH:
-                yield torch.stack(images), torch.stack(labels)
-                images, labels = [], []
-        if images:
-            yield torch.stack(images), torch.stack(labels)
+        samples = read_evenly(self._card, self._name, rank=ranks.rank, world_size=ranks.world_size)
+        while batch := list(islice(samples, _BATCH)):
+            images = [self._views.plain(decode(sample.image, sample.where)) for sample in batch]
+            yield torch.stack(images), torch.stack([torch.from_numpy(sample.truth) for sample in batch])

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from scinet.data.batch import Features
 from scinet.data.card import DataCard
-from scinet.data.stream import Order, SampleStream
+from scinet.data.stream import Order, SampleStream, read_evenly
 from scinet.data.views import VIEW_NAMES, Views, decode
-from scinet.distributed import Ranks, gather_uneven, sum_over_ranks
+from scinet.distributed import Ranks, gather_rows, sum_over_ranks
 from scinet.errors import DataError
 from scinet.model.network import Network, natively_bf16
 from scinet.options import Options
@@ -79,7 +79,7 @@ def _compute(
     progress: Callable[[int, int], None],
 ) -> Features:
     total = card.split(split).num_samples
-    stream = SampleStream(card, split, Order(0, 0, 1, 0), rank=ranks.rank, world_size=ranks.world_size)
+    stream = read_evenly(card, split, rank=ranks.rank, world_size=ranks.world_size)
     random, plain, truth, index = [], [], [], []
     for done, sample in enumerate(stream, start=1):
         image = decode(sample.image, sample.where)
@@ -93,10 +93,10 @@ def _compute(
         plain.append(features[-1])
         truth.append(torch.from_numpy(sample.truth))
         index.append(sample.index)
-        progress(done * ranks.world_size, total)
+        progress(min(done * ranks.world_size, total), total)
 
     def gathered(column: Tensor) -> Tensor:
-        return gather_uneven(column.to(ranks.device), ranks, total).cpu()
+        return gather_rows(column.to(ranks.device), ranks)[:total].cpu()
 
     return Features(
         random=gathered(torch.stack(random)),

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from scinet.data.card import DataCard, Shard, Split
-from scinet.data.stream import Order, SampleStream, StoredSample
+from scinet.data.stream import Order, SampleStream, StoredSample, read_evenly
+from scinet.data.views import decode
 from scinet.errors import DataError
 from tests.scinet.conftest import MakeShards
 
@@ -54,6 +55,15 @@ def test_global_order_is_equal_when_ranks_and_workers_share_it(shards: DataCard,
         part = SampleStream(shards, "train", ORDER, rank=rank, world_size=world_size, transform=_sample_id)
         parts.append(list(DataLoader(part, batch_size=None, num_workers=workers)))
     assert _interleaved(parts) == _ids(shards, ORDER)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 60])
+def test_ranks_read_equally_many_samples_when_they_do_not_divide_the_split(shards: DataCard, world_size: int) -> None:
+    parts = [list(read_evenly(shards, "train", rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {-(-53 // world_size)}
+    together = [sample for row in zip(*parts, strict=True) for sample in row]
+    assert [sample.sample_id for sample in together[:53]] == [f"train-{n:04d}" for n in range(53)]
+    assert all(not sample.truth.any() and decode(sample.image, "").size == (1, 1) for sample in together[53:])
 
 
 def _endless(sources: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
