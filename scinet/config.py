@@ -212,7 +212,7 @@ def _relations(options: Options) -> Iterator[str]:
     if data.cache_features and not model.freeze_image:
         yield "'data.cache_features' needs 'model.freeze_image=true': features of a tower that trains go stale"
     if fusion.momentum > 0 and fusion.memory is Memory.none:
-        yield "'fusion.momentum' above 0 needs 'fusion.memory=dense'"
+        yield "'fusion.momentum' above 0 needs 'fusion.memory=dense': set that, or 'fusion.momentum=0'"
     if options.profile is Profile.release and model.bi_dominant is not BiDominant.none:
         yield "'profile=release' has a text-only prompter: set 'model.bi_dominant=none'"
     if train.global_batch_size % train.accumulation_steps:

@@ -73,7 +73,7 @@ class CorrelationSource(enum.Enum):
 
 
 class Memory(enum.Enum):
-    """``dense`` keeps the confidence of every training sample (fp16); ``none`` keeps none (needs momentum 0)."""
+    """``dense`` keeps the confidence of every training sample (fp32); ``none`` keeps none (needs momentum 0)."""
 
     dense = "dense"
     none = "none"
@@ -144,7 +144,7 @@ class FusionOptions:
     )
     instance_weight: float = option(1.0, "l_n: weight of the instance-similarity term", low=0.0)
     label_weight: float = option(0.5, "l_q: weight of the label-correlation term", low=0.0)
-    momentum: float = option(0.0, "mu: share of the sample's previous confidence", low=0.0, high=1.0)
+    momentum: float = option(0.8, "mu: share of the sample's previous confidence", low=0.0, high=1.0)
     bandwidth: Bandwidth = option(Bandwidth.constant, "constant, or the distance to the k-th neighbour")
     bandwidth_value: float = option(0.3, "sigma on unit vectors", low=1e-3)
     bandwidth_neighbours: int = option(10, "k of the adaptive bandwidth", low=1)
@@ -153,7 +153,7 @@ class FusionOptions:
     prior_strength: float = option(0.05, "a: weight of the class prior in the neighbour vote", low=1e-6)
     label_shrinkage: float = option(30.0, "co-observations at which a known-cell correlation is halved", low=0.0)
     label_noise: float = option(0.3, "V: noise variance of a known label in the conditional expectation", low=1e-4)
-    memory: Memory = option(Memory.none, "keep every sample's confidence (needed by momentum > 0)")
+    memory: Memory = option(Memory.dense, "keep every sample's confidence (needed by momentum > 0)")
     memory_budget_mb: int = option(2048, "largest confidence memory allowed, MiB", low=0)
     differentiable: bool = option(False, "fuse the student's medium view and let gradients through the neighbour term")
 

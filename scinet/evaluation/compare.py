@@ -19,7 +19,7 @@ from typing import Any
 
 from scinet import config
 from scinet.errors import ConfigError, nearest
-from scinet.options import Method, Options
+from scinet.options import FusionOptions, Method, Options
 from scinet.rundir import write_text
 from scinet.telemetry import MetricsLog, Silence, Voice
 
@@ -143,7 +143,7 @@ def run_cell(options: Options, folder: Path) -> dict[str, Any]:
     if key not in _materials:
         _materials[key] = materials.gather(options, ranks, lambda *_: None)
     made = _materials[key]
-    neutral = config.replace(options, name="cell", output="runs", baseline="")
+    neutral = _neutral(options)
     described = [config.to_yaml(neutral), made.card.sha256, made.backbone.weights_sha256]
     path = folder / (hashlib.sha256("\n".join(described).encode()).hexdigest()[:16] + ".json")
     if path.is_file():
@@ -152,6 +152,12 @@ def run_cell(options: Options, folder: Path) -> dict[str, Any]:
     result = _train_cell(options, made, ranks)
     write_text(path, json.dumps(result | {"config": config.to_yaml(neutral)}, indent=1) + "\n")
     return result
+
+
+def _neutral(options: Options) -> Options:
+    """Return the options without what cannot change a result: names, and the fusion of a baseline, which has none."""
+    neutral = dataclasses.replace(options, name="cell", output="runs", baseline="")
+    return neutral if options.method is Method.scinet else dataclasses.replace(neutral, fusion=FusionOptions())
 
 
 def _train_cell(options: Options, made: Any, ranks: Any) -> dict[str, Any]:

@@ -76,14 +76,15 @@ class Fusion:
     def _allocate_memory(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor | None:
         if self.options.memory is Memory.none:
             return None
-        megabytes = num_samples * num_classes * 2 / 2**20
+        megabytes = num_samples * num_classes * 4 / 2**20
         if megabytes > self.options.memory_budget_mb:
             needed = f"fusion.memory=dense needs {megabytes:.0f} MiB for {num_samples} samples x {num_classes} classes"
             raise ConfigError(
                 f"{needed}, more than fusion.memory_budget_mb={self.options.memory_budget_mb}: raise it, or set "
                 "fusion.memory=none fusion.momentum=0"
             )
-        return torch.full((num_samples, num_classes), torch.nan, dtype=torch.float16, device=device)
+        # fp16 would do for targets, but its rounding makes 1e-7 between two numbers of ranks into 5e-4
+        return torch.full((num_samples, num_classes), torch.nan, device=device)
 
     def combine(self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours) -> Confidence:
         """Return the confidence of this rank's rows; changes no state.
@@ -104,7 +105,7 @@ class Fusion:
         else:
             raw, instance, label = self._evidence(batch, probabilities, everyone)
         if self._memory is not None:
-            previous = self._memory[batch.indices].float()
+            previous = self._memory[batch.indices]
             mixed = self.options.momentum * previous + (1 - self.options.momentum) * raw
             raw = torch.where(previous.isnan(), raw, mixed)
         return Confidence(_override(raw, observed), probabilities, instance, label)
@@ -114,7 +115,7 @@ class Fusion:
         self.correlation.update(everyone.observed, everyone.confidence)
         self.bank.append(everyone)
         if self._memory is not None:
-            self._memory[everyone.indices] = everyone.confidence.to(self._memory.dtype)
+            self._memory[everyone.indices] = everyone.confidence
 
     def _evidence(
         self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours

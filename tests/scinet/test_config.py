@@ -206,7 +206,7 @@ def test_all_relations_are_reported_together_when_several_are_broken() -> None:
     message = _refusal(
         None,
         "data.cache_features=true",
-        "fusion.momentum=0.5",
+        "fusion.memory=none",
         "train.accumulation_steps=3",
         "name=a/b",
         "profile=release",
@@ -219,7 +219,7 @@ def test_all_relations_are_reported_together_when_several_are_broken() -> None:
     ("broken", "mended"),
     [
         (["data.cache_features=true"], "model.freeze_image=true"),
-        (["fusion.momentum=0.9"], "fusion.memory=dense"),
+        (["fusion.memory=none"], "fusion.momentum=0"),
         (["profile=release"], "model.bi_dominant=none"),
         (["train.global_batch_size=10", "train.accumulation_steps=4"], "train.accumulation_steps=5"),
         (["optimizer.learning_rate=0"], "method=zero_shot"),
@@ -318,7 +318,7 @@ def test_replace_changes_only_what_it_is_told() -> None:
         ({"data__knwon_ratio": 0.1}, "did you mean 'data.known_ratio'"),
         ({"data__known_ratio": 2}, "from 0 to 1"),
         ({"train__epochs": "x"}, "a whole number"),
-        ({"fusion__momentum": 0.5}, "fusion.memory=dense"),
+        ({"fusion__memory": "none"}, "fusion.memory=dense"),
         ({"profile": Profile.release}, "bi_dominant=none"),
     ],
 )
@@ -328,7 +328,9 @@ def test_replace_refuses_like_a_file_when_a_change_is_wrong(changes: dict[str, o
 
 
 def test_enum_is_taken_by_its_value_when_written_in_a_file(tmp_path: Path) -> None:
-    options = config.load(_file(tmp_path, "fusion:\n  memory: none\n  combine: linear\nmodel:\n  bi_dominant: none"))
+    options = config.load(
+        _file(tmp_path, "fusion:\n  memory: none\n  momentum: 0\n  combine: linear\nmodel:\n  bi_dominant: none")
+    )
     assert options.fusion.memory is Memory.none
     assert options.fusion.combine is Combine.linear
 

@@ -260,3 +260,29 @@ def test_interrupted_run_ends_like_the_unbroken_one_when_resumed(
     assert len(_steps(unbroken)) == 12
     for moment in ("last", "selected"):
         assert _evaluation(broken)[moment] == _evaluation(unbroken)[moment]
+
+
+@pytest.mark.multiprocess
+def test_compare_prints_its_table_and_runs_no_cell_twice(launch: Any, scenes: Path, tmp_path: Path) -> None:
+    base = {
+        "data": {"path": str(scenes), "cache_features": True, "cached_variants": 1},
+        "model": {"freeze_image": True, "image_size": 64},
+        "train": {"global_batch_size": 16, "max_steps": 2},
+    }
+    methods = {"scinet": [], "bce": ["method=bce"], "zero-shot": ["method=zero_shot"]}
+    plan = {"output": str(tmp_path / "out"), "base": "base.yaml", "methods": methods}
+    (tmp_path / "base.yaml").write_text(json.dumps(base))  # JSON is YAML
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan | {"known_ratios": [0.5], "seeds": [0]}))
+    words = (sys.executable, "-m", "scinet.cli", "compare", "--config", tmp_path / "plan.yaml", "--seeds", 3)
+    first = launch(*words)
+    assert first.returncode == 0, first.stderr[-3000:]
+    for method in methods:
+        assert f"| {method} | " in first.stdout
+    cells = _snapshot(tmp_path / "out" / "cells")
+    assert len(cells) == 3
+    again = launch(*words)
+    assert again.stdout == first.stdout
+    assert _snapshot(tmp_path / "out" / "cells") == cells
+    table = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert table["seeds"] == [3]
+    assert (tmp_path / "out" / "comparison.md").read_text().strip() == first.stdout.strip()

@@ -29,7 +29,8 @@ LINEAR: dict[str, Any] = {"combine": Combine.linear, "instance_weight": 0.1, "la
 def _fusion(
     *, correlation: CorrelationOptions | None = None, num_samples: int = N, text: Tensor = TEXT, **options: Any
 ) -> Fusion:
-    options = {"bank_size": 64, "bandwidth_value": 0.7} | EVIDENCE | options
+    without_memory = {"momentum": 0.0, "memory": Memory.none}
+    options = {"bank_size": 64, "bandwidth_value": 0.7} | without_memory | EVIDENCE | options
     return Fusion(
         FusionOptions(**options),
         correlation or CorrelationOptions(),
@@ -345,19 +346,19 @@ def test_previous_confidence_is_mixed_in_when_the_sample_was_seen_before() -> No
         fusion.update(Neighbours(*(column[:5] for column in everyone)))
     raw = plain.combine(everyone, probabilities, everyone).unified
     mixed = tested.combine(everyone, probabilities, everyone).unified
-    torch.testing.assert_close(mixed[:5], 0.9 * everyone[2][:5] + 0.1 * raw[:5], atol=1e-3, rtol=0)  # kept in fp16
+    torch.testing.assert_close(mixed[:5], 0.9 * everyone[2][:5] + 0.1 * raw[:5])
     torch.testing.assert_close(mixed[5:], raw[5:])
 
 
 def test_memory_is_refused_when_it_exceeds_its_budget() -> None:
     with pytest.raises(ConfigError) as caught:
-        _fusion(memory=Memory.dense, memory_budget_mb=7, num_samples=2**20)
+        _fusion(memory=Memory.dense, memory_budget_mb=15, num_samples=2**20)
     message = str(caught.value)
-    assert "needs 8 MiB for 1048576 samples x 4 classes" in message
-    assert "fusion.memory_budget_mb=7" in message
+    assert "needs 16 MiB for 1048576 samples x 4 classes" in message
+    assert "fusion.memory_budget_mb=15" in message
     assert "fusion.memory=none" in message
-    _fusion(memory=Memory.dense, memory_budget_mb=8, num_samples=2**20)
-    _fusion(memory=Memory.none, memory_budget_mb=7, num_samples=2**20)
+    _fusion(memory=Memory.dense, memory_budget_mb=16, num_samples=2**20)
+    _fusion(memory=Memory.none, memory_budget_mb=15, num_samples=2**20)
 
 
 @pytest.mark.parametrize(
