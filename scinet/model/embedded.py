@@ -109,8 +109,9 @@ def _open_clip_config(folder: Path, width: int) -> dict[str, Any]:
 def _aligned_weights(image_weights: Path, text_folder: Path) -> dict[str, Any]:
     import timm
     import torch
+    from safetensors.torch import load_file
     from timm.data.imagenet_info import ImageNetInfo
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     stored = torch.load(image_weights, map_location="cpu", weights_only=True)
@@ -118,7 +119,10 @@ def _aligned_weights(image_weights: Path, text_folder: Path) -> dict[str, Any]:
     # both implementations register their modules in the order of computation, so names pair up by place
     renamed = dict(zip(trunk.state_dict(), stored.values(), strict=True))
     trunk.load_state_dict(renamed)
-    encoder = AutoModel.from_pretrained(text_folder, add_pooling_layer=False).eval()
+    # not from_pretrained: it prints a progress bar and a table about the pooler, which is left out on purpose
+    encoder = AutoModel.from_config(AutoConfig.from_pretrained(text_folder), add_pooling_layer=False).eval()
+    stored_text = load_file(str(text_folder / "model.safetensors"))
+    encoder.load_state_dict({name: stored_text[name] for name in encoder.state_dict()})
     tokenizer = AutoTokenizer.from_pretrained(text_folder)
     info = ImageNetInfo()
     names = [info.index_to_description(number) for number in range(1000)]
