@@ -53,7 +53,7 @@ def test_plan_is_refused_when_a_key_is_wrong(tmp_path: Path, text: str, said: st
 
 
 def test_grid_is_refused_when_an_override_is_wrong(tmp_path: Path) -> None:
-    plan = _plan(tmp_path, PLAN.replace("method=bce", "metod=bce"))
+    plan = _plan(tmp_path, PLAN.replace("method=bce", "metthod=bce"))
     with pytest.raises(ConfigError, match="did you mean 'method'"):
         list(compare.expand(plan))
 
