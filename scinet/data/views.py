@@ -90,5 +90,7 @@ def decode(content: bytes, where: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise DataError(f"{where}: the image cannot be decoded ({len(content)} bytes): no image format") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: the image cannot be decoded ({len(content)} bytes): {error}") from error

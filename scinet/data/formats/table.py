@@ -96,7 +96,9 @@ def _read_image(path: Path) -> tuple[bytes, str]:
         with Image.open(io.BytesIO(content)) as image:
             kind = image.format or ""
             image.load()
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise DataError(f"image {path} cannot be decoded ({len(content)} bytes): no image format") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"image {path} cannot be decoded ({len(content)} bytes): {error}") from error
     if kind not in _EXTENSIONS:
         raise DataError(f"image {path} is {kind}, expected one of {', '.join(_EXTENSIONS)}")
