@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,8 +81,12 @@ class Trainer:
         train = self._materials.card.split("train")
         holds = max(split.num_samples for split in self._materials.card.splits.values())
         total = sum(split.num_samples for split in self._materials.card.splits.values())
+        options = self._options.fusion
+        if self._options.profile is Profile.release:
+            # its targets come from the label correlation alone: no bank, no memory (method.md section 5)
+            options = replace(options, enabled=False)
         return Fusion(
-            self._options.fusion,
+            options,
             self._options.correlation,
             text_correlation(network.prompter.get_buffer("fixed")),
             width=self._materials.backbone.width,

@@ -74,7 +74,7 @@ class Fusion:
         self._memory = self._allocate_memory(num_samples, num_classes, text.device)
 
     def _allocate_memory(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor | None:
-        if self.options.memory is Memory.none:
+        if self.options.memory is Memory.none or not self.options.enabled:
             return None
         megabytes = num_samples * num_classes * 4 / 2**20
         if megabytes > self.options.memory_budget_mb:

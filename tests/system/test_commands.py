@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -260,6 +261,17 @@ def test_interrupted_run_ends_like_the_unbroken_one_when_resumed(
     assert len(_steps(unbroken)) == 12
     for moment in ("last", "selected"):
         assert _evaluation(broken)[moment] == _evaluation(unbroken)[moment]
+
+
+def test_release_profile_keeps_neither_bank_nor_memory(small: tuple[str, ...], train: Any, tmp_path: Path) -> None:
+    words = (*small, "profile=release", "model.bi_dominant=none", "fusion.memory_budget_mb=0")
+    result = train(*words, f"output={tmp_path}", "name=release")
+    assert result.status == 0, result.err
+    assert [row["step"] for row in _steps(tmp_path / "release")] == [1, 2]
+    (state,) = (tmp_path / "release" / "checkpoints").rglob("state.safetensors")
+    tensors = load_file(str(state))
+    assert len(tensors["fusion.bank.indices"]) == 0
+    assert "fusion.memory" not in tensors
 
 
 @pytest.mark.multiprocess

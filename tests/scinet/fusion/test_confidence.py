@@ -359,6 +359,7 @@ def test_memory_is_refused_when_it_exceeds_its_budget() -> None:
     assert "fusion.memory=none" in message
     _fusion(memory=Memory.dense, memory_budget_mb=16, num_samples=2**20)
     _fusion(memory=Memory.none, memory_budget_mb=15, num_samples=2**20)
+    _fusion(memory=Memory.dense, memory_budget_mb=15, num_samples=2**20, enabled=False)
 
 
 @pytest.mark.parametrize(
