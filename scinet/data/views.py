@@ -7,16 +7,15 @@ The random numbers of a view depend on (seed, epoch, sample id, view) alone, so 
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from scinet.data.images import opened
 from scinet.data.masks import derive
-from scinet.errors import DataError
 
 VIEW_NAMES = ("weak", "medium", "strong")
 _RANDAUGMENT_OPS = {"weak": 0, "medium": 1, "strong": 3}
@@ -87,10 +86,5 @@ def decode(content: bytes, where: str) -> Image.Image:
     Raises:
         DataError: saying ``where`` the image is that cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DataError(f"{where}: the image cannot be decoded ({len(content)} bytes): no image format") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: the image cannot be decoded ({len(content)} bytes): {error}") from error
+    with opened(content, f"{where}: the image") as image:
+        return image.convert("RGB")

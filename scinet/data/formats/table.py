@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from scinet.data.images import opened
 from scinet.data.shards import RawSample
 from scinet.errors import ConfigError, DataError, nearest
 
@@ -92,14 +91,9 @@ def _read_image(path: Path) -> tuple[bytes, str]:
         beside = [str(found) for found in path.parent.glob(f"{path.stem[:3]}*")] if path.parent.is_dir() else []
         raise DataError(f"image {path} does not exist{nearest(str(path), beside)}")
     content = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind = image.format or ""
-            image.load()
-    except UnidentifiedImageError as error:
-        raise DataError(f"image {path} cannot be decoded ({len(content)} bytes): no image format") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"image {path} cannot be decoded ({len(content)} bytes): {error}") from error
+    with opened(content, f"image {path}") as image:
+        kind = image.format or ""
+        image.load()
     if kind not in _EXTENSIONS:
         raise DataError(f"image {path} is {kind}, expected one of {', '.join(_EXTENSIONS)}")
     return content, _EXTENSIONS[kind]
