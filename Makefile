@@ -5,7 +5,7 @@ STAGE := .ci/stage
 QUICKSTART ?= runs/quickstart
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup quickstart test lint types layers spelling tests format clean
+.PHONY: help setup quickstart test lint types layers spelling interpreted tests format clean
 
 help: ## show these lines
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,7 +24,7 @@ quickstart: setup ## train SCINet and a baseline on the embedded data, and write
 		--config configs/quickstart.yaml baseline=$(QUICKSTART)-baseline resume=true
 	@$(BIN)/scinet show --run $(QUICKSTART)
 
-test: setup lint types layers spelling tests ## every check, as in CI
+test: setup lint types layers spelling interpreted tests ## every check, as in CI
 
 lint: setup
 	@$(STAGE) "lint (ruff)" $(BIN)/ruff check .
@@ -38,6 +38,9 @@ layers: setup
 
 spelling: setup
 	@$(STAGE) "spelling (codespell)" $(BIN)/codespell scinet kernels cluster configs tests README.md CONTRIBUTING.md CHANGELOG.md
+
+interpreted: setup ## Triton kernels in the interpreter, which wants a process of its own
+	@$(STAGE) "kernels (Triton's interpreter)" env TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter tests/kernels/interpreted
 
 tests: setup
 	@$(STAGE) "tests (pytest)" $(BIN)/pytest --durations=10

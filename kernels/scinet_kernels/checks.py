@@ -7,7 +7,7 @@ therefore propagate into the results.
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 def check_backend(backend: str) -> None:

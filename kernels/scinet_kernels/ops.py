@@ -4,31 +4,33 @@ Shapes: B queries, M keys (of all ranks where a group is given), D embedding, C 
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scinet_kernels import checks, reference, sharded
-from scinet_kernels.reference import DEFAULT_WORKSPACE_BYTES
+from scinet_kernels import checks, dispatch, reference, sharded
+from scinet_kernels import neighbours as neighbour_search
+from scinet_kernels.gaussian import Arguments, gaussian, own_rows
+from scinet_kernels.reference import DEFAULT_WORKSPACE_BYTES, Pairs
+from scinet_kernels.tiling import Problem
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Checked, promoted and gathered operands."""
+class _Call(NamedTuple):
+    """A checked call: its operands, gathered from all ranks, and the implementation that will run."""
 
-    queries: Tensor
-    keys: Tensor
-    values: Tensor | None
-    bandwidth: Tensor
-    pairs: reference.Pairs
+    problem: Problem
+    neighbours: int | None
+    backend: str
+    wide: torch.dtype
 
 
-def _promoted(tensor: Tensor, *others: Tensor) -> torch.dtype:
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    for other in others:
-        dtype = torch.promote_types(dtype, other.dtype)
+def _promoted(*tensors: Tensor | None) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
@@ -37,12 +39,13 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _per_query(bandwidth: float | Tensor, queries: Tensor) -> Tensor:
-    """One bandwidth per query in the dtype and on the device of the queries; keeps its gradient."""
-    return torch.as_tensor(bandwidth, dtype=queries.dtype, device=queries.device).expand(queries.shape[0])
+def _as_vector(bandwidth: float | Tensor, queries: Tensor) -> Tensor:
+    """One bandwidth for all, [1], or one per query, [B], at least fp32, on the queries' device; keeps its gradient."""
+    return torch.as_tensor(bandwidth, dtype=_promoted(queries), device=queries.device).reshape(-1)
 
 
 def _prepare(
+    operator: str,
     queries: Tensor,
     values: Tensor | None,
     *,
@@ -57,7 +60,7 @@ def _prepare(
     backend: str,
     workspace_bytes: int,
     group: dist.ProcessGroup | None,
-) -> _Problem:
+) -> _Call:
     checks.check_backend(backend)
     num_keys = checks.check_keys(queries, keys)
     checks.check_bandwidth(bandwidth, queries)
@@ -70,27 +73,54 @@ def _prepare(
         checks.check_same_device("values", values, "queries", queries)
         if values.shape[0] != num_keys:
             raise ValueError(f"values have {values.shape[0]} rows but there are {num_keys} keys: one row for each.")
-        values = values.to(_promoted(values))
-    dtype = _promoted(queries) if keys is None else _promoted(queries, keys)
-    queries = queries.to(dtype)
-    all_keys = queries if keys is None else keys.to(dtype)
-    all_key_ids = query_ids if keys is None else key_ids
+    all_keys, all_key_ids = (queries, query_ids) if keys is None else (keys, key_ids)
     offset = 0
     if group is not None:
-        rows, offset = sharded.gather_rows([all_keys, values, all_key_ids, key_weights], group)
-        gathered_keys, values, all_key_ids, key_weights = rows
-        assert gathered_keys is not None
-        all_keys = gathered_keys
-    pairs = reference.Pairs(
-        self_offset=offset if keys is None else None,
-        exclude_self=exclude_self,
-        query_ids=query_ids,
-        key_ids=all_key_ids,
-        radius=radius,
-        neighbours=neighbours,
-        key_weights=key_weights,
+        gathered, offset = sharded.gather_rows([all_keys, values, all_key_ids, key_weights], group)
+        assert gathered[0] is not None
+        all_keys, values, all_key_ids, key_weights = gathered[0], *gathered[1:]
+    self_offset = offset if keys is None else None
+    pairs = Pairs(own_rows(queries, self_offset), exclude_self, query_ids, all_key_ids, radius, None, key_weights)
+    vector = _as_vector(bandwidth, queries)
+    problem = Problem(queries, all_keys, values, vector, pairs, self_offset, workspace_bytes)
+    if neighbours is not None and neighbours >= len(all_keys):
+        neighbours = None
+    probe = queries.new_empty(0, dtype=_promoted(queries, all_keys, values))
+    chosen = dispatch.choose(operator, backend, probe, rows=len(queries), fits_triton=neighbours is None)
+    return _Call(problem, neighbours, chosen, _promoted(values))
+
+
+def _run_reference(call: _Call) -> Tensor:
+    """Return the result [B, C], or without values the log mass [B], by the definition."""
+    problem = call.problem
+    queries, keys = problem.queries.to(problem.dtype), problem.keys.to(problem.dtype)
+    bandwidth = problem.bandwidth.expand(len(queries))
+    pairs = replace(problem.pairs, neighbours=call.neighbours)
+    if problem.values is None:
+        return reference.mass(queries, keys, bandwidth, pairs, problem.workspace_bytes)
+    values = problem.values.to(call.wide)
+    return reference.propagate(queries, keys, values, bandwidth, pairs, problem.workspace_bytes)
+
+
+def _run(call: _Call) -> tuple[Tensor, Tensor]:
+    """Return result [B, C] and log mass [B] by the blocked or the Triton path."""
+    problem, pairs = call.problem, call.problem.pairs
+    arguments = Arguments(
+        queries=problem.queries,
+        keys=None if problem.keys is problem.queries else problem.keys,
+        values=problem.values,
+        bandwidth=problem.bandwidth,
+        key_weights=pairs.key_weights,
+        query_ids=pairs.query_ids,
+        key_ids=pairs.key_ids,
+        self_offset=problem.self_offset,
+        exclude_self=pairs.exclude_self,
+        radius=pairs.radius,
+        backend=call.backend,
+        workspace_bytes=problem.workspace_bytes,
     )
-    return _Problem(queries, all_keys, values, _per_query(bandwidth, queries), pairs)
+    result, log_mass, _ = gaussian(*arguments)
+    return result, log_mass
 
 
 def gaussian_propagate(
@@ -124,7 +154,7 @@ def gaussian_propagate(
         radius: only keys at a Euclidean distance <= radius count.
         neighbours: only so many nearest of the keys that count otherwise; among equals the lower index.
         key_weights: [M] floating point w; a key with w <= 0 does not count.
-        backend: "auto" or "reference".
+        backend: "auto", "triton", "cpu" (blocked PyTorch, on any device) or "reference".
         workspace_bytes: bound on temporaries of size M per query, met by working on a few queries at a time (one at
             least) and by computing them again in the backward.
         group: process group; keys (without keys: queries), values, ids and weights are then this rank's rows and are
@@ -143,7 +173,8 @@ def gaussian_propagate(
     Source: method.md section 3, kernels.md sections 2 and 5.5.
 
     """
-    problem = _prepare(
+    call = _prepare(
+        "gaussian_propagate",
         queries,
         values,
         bandwidth=bandwidth,
@@ -158,11 +189,12 @@ def gaussian_propagate(
         workspace_bytes=workspace_bytes,
         group=group,
     )
-    assert problem.values is not None
     with _full_precision(queries):
-        return reference.propagate(
-            problem.queries, problem.keys, problem.values, problem.bandwidth, problem.pairs, workspace_bytes
-        )
+        if call.backend == "reference":
+            return _run_reference(call)
+        if call.neighbours is not None:
+            return neighbour_search.propagate(call.problem, call.neighbours)
+        return _run(call)[0].to(call.wide)
 
 
 def gaussian_mass(
@@ -192,7 +224,7 @@ def gaussian_mass(
         radius: as in `gaussian_propagate`.
         neighbours: as in `gaussian_propagate`.
         key_weights: as in `gaussian_propagate`.
-        backend: "auto" or "reference".
+        backend: "auto", "triton", "cpu" (blocked PyTorch, on any device) or "reference".
         workspace_bytes: as in `gaussian_propagate`.
         group: as in `gaussian_propagate`.
 
@@ -206,7 +238,8 @@ def gaussian_mass(
     Source: kernels.md section 5.1.
 
     """
-    problem = _prepare(
+    call = _prepare(
+        "gaussian_mass",
         queries,
         None,
         bandwidth=bandwidth,
@@ -222,7 +255,11 @@ def gaussian_mass(
         group=group,
     )
     with _full_precision(queries):
-        return reference.mass(problem.queries, problem.keys, problem.bandwidth, problem.pairs, workspace_bytes)
+        if call.backend == "reference":
+            return _run_reference(call)
+        if call.neighbours is not None:
+            return neighbour_search.mass(call.problem, call.neighbours)
+        return _run(call)[1]
 
 
 def gaussian_similarity(queries: Tensor, keys: Tensor, *, bandwidth: float | Tensor) -> Tensor:
@@ -247,8 +284,9 @@ def gaussian_similarity(queries: Tensor, keys: Tensor, *, bandwidth: float | Ten
     checks.check_bandwidth(bandwidth, queries)
     dtype = _promoted(queries, keys)
     queries, keys = reference.centred(queries.to(dtype), keys.to(dtype))
+    bandwidths = _as_vector(bandwidth, queries).expand(len(queries))
     with _full_precision(queries):
-        return reference.log_weights(queries, keys, _per_query(bandwidth, queries), reference.Pairs()).exp()
+        return reference.log_weights(queries, keys, bandwidths, Pairs()).exp()
 
 
 def nearest_neighbours(
@@ -270,7 +308,7 @@ def nearest_neighbours(
         query_ids: [B] int64; pairs of equal id do not count. Without keys they name the keys too.
         key_ids: [M] int64, with `query_ids` and keys.
         exclude_self: leave out i == j; has a meaning only without keys.
-        backend: "auto" or "reference".
+        backend: "auto", "triton", "cpu" (blocked PyTorch, on any device) or "reference".
 
     Returns:
         (index [B, k] int64, squared distance [B, k] fp32, differentiable with the choice held fixed); index -1 and
@@ -287,18 +325,19 @@ def nearest_neighbours(
     checks.check_at_least_one("k", k)
     checks.check_keys(queries, keys)
     checks.check_pairs(queries, keys, query_ids, key_ids, None, None, None)
-    dtype = _promoted(queries) if keys is None else _promoted(queries, keys)
-    queries = queries.to(dtype)
-    pairs = reference.Pairs(
-        self_offset=0 if keys is None else None,
-        exclude_self=exclude_self,
-        query_ids=query_ids,
-        key_ids=query_ids if keys is None else key_ids,
-    )
+    all_keys = queries if keys is None else keys
+    self_offset = 0 if keys is None else None
+    key_ids = query_ids if keys is None else key_ids
+    pairs = Pairs(own_rows(queries, self_offset), exclude_self, query_ids, key_ids)
+    problem = Problem(queries, all_keys, None, queries.new_ones(1), pairs, self_offset, DEFAULT_WORKSPACE_BYTES)
+    probe = queries.new_empty(0, dtype=problem.dtype)
+    chosen = dispatch.choose("nearest_neighbours", backend, probe, rows=len(queries), fits_triton=False)
     with _full_precision(queries):
-        index, squared = reference.nearest(
-            queries, queries if keys is None else keys.to(dtype), k, pairs, DEFAULT_WORKSPACE_BYTES
-        )
+        if chosen == "reference":
+            operands = queries.to(problem.dtype), all_keys.to(problem.dtype), k, pairs, DEFAULT_WORKSPACE_BYTES
+            index, squared = reference.nearest(*operands)
+        else:
+            index, squared = neighbour_search.nearest(problem, k)
     return index, squared.float()
 
 

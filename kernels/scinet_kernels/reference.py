@@ -19,7 +19,7 @@ class Pairs:
     """Which (query, key) pairs count, and how much.
 
     Attributes:
-        self_offset: key row that is query row 0 itself, where the keys contain the queries; else None.
+        own: [B] int64, the key row that is the query itself, where the keys contain the queries; else None.
         exclude_self: whether a query's own row is left out.
         query_ids: [B] int64 or None; pairs of equal id are left out.
         key_ids: [M] int64 or None.
@@ -29,7 +29,7 @@ class Pairs:
 
     """
 
-    self_offset: int | None = None
+    own: Tensor | None = None
     exclude_self: bool = False
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
@@ -50,7 +50,7 @@ class Pairs:
         """
         return replace(
             self,
-            self_offset=None if self.self_offset is None else self.self_offset + start,
+            own=None if self.own is None else self.own[start:stop],
             query_ids=None if self.query_ids is None else self.query_ids[start:stop],
         )
 
@@ -70,18 +70,36 @@ def squared_distance(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.addmm(norms, queries, keys.T, alpha=-2).clamp_min(0)
 
 
+def centre_of(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a point amid the keys with few digits, so that subtracting it from numbers with few digits is exact.
+
+    Equal distances between such numbers then stay equal, and the lower index wins among them.
+
+    Args:
+        keys: [M, D].
+        dtype: of the result.
+
+    Returns:
+        [D], detached: no distance depends on it. Keys that are not finite do not count.
+
+    """
+    mean = (keys.detach().sum(0, dtype=dtype) / max(1, keys.shape[0])).nan_to_num(0, 0, 0)
+    mantissa, exponent = torch.frexp(mean)
+    return torch.ldexp((mantissa * 64).round() / 64, exponent)
+
+
 def centred(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Subtract the mean key from both sides, which changes no distance and saves the expansion from cancellation.
+    """Subtract a common centre, which changes no distance and saves the expansion from cancellation.
 
     Args:
         queries: [B, D].
-        keys: [M, D].
+        keys: [M, D], same dtype.
 
     Returns:
-        Both, shifted. The mean is detached: no distance depends on it.
+        Both, shifted.
 
     """
-    centre = keys.detach().sum(0) / max(1, keys.shape[0])
+    centre = centre_of(keys, keys.dtype)
     return queries - centre, keys - centre
 
 
@@ -99,9 +117,8 @@ def allowed_distance(queries: Tensor, keys: Tensor, pairs: Pairs) -> tuple[Tenso
     """
     squared = squared_distance(queries, keys)
     allowed = torch.ones_like(squared, dtype=torch.bool)
-    if pairs.self_offset is not None:
-        rows = torch.arange(queries.shape[0], device=queries.device) + pairs.self_offset
-        own = rows[:, None] == torch.arange(keys.shape[0], device=queries.device)
+    if pairs.own is not None:
+        own = pairs.own[:, None] == torch.arange(keys.shape[0], device=queries.device)
         squared = squared.masked_fill(own, 0)  # the expansion leaves rounding noise there
         if pairs.exclude_self:
             allowed &= ~own

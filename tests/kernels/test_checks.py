@@ -12,7 +12,7 @@ def test_propagate_refuses_wrong_arguments_in_one_sentence() -> None:
     x, values = torch.zeros(3, 2), torch.zeros(3, 1)
     ids = torch.arange(3)
     cases: list[tuple[type[Exception], str, dict[str, object]]] = [
-        (ValueError, "choose one of 'auto', 'reference'", {"backend": "triton"}),
+        (ValueError, "choose one of 'auto', 'triton'", {"backend": "keops"}),
         (ValueError, "must be positive", {"bandwidth": 0.0}),
         (ValueError, "must be positive", {"bandwidth": math.nan}),
         (ValueError, r"bandwidth must have shape \[3\]", {"bandwidth": torch.ones(2)}),
@@ -55,6 +55,8 @@ def test_pearson_refuses_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="weights has shape"):
         pearson(values, weights=torch.ones(3))
     with pytest.raises(ValueError, match="does not exist"):
+        pearson(values, backend="keops")
+    with pytest.raises(ValueError, match="needs a GPU tensor"):
         pearson(values, backend="triton")
     with pytest.raises(ValueError, match="columns"):
         PearsonState(3).update(values)

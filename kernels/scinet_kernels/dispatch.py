@@ -1,0 +1,77 @@
+"""Which implementation runs: by name, or by dtype, device and size (kernels.md section 5.2)."""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+# Below this many query rows a launch does not fill a GPU, and library products on a stored panel are as fast.
+SMALLEST_TRITON_ROWS = 2048
+
+
+def choose(operator: str, backend: str, tensor: Tensor, *, rows: int, fits_triton: bool = True) -> str:
+    """Name the implementation to run; an automatic choice is said once at debug level.
+
+    Args:
+        operator: name of the public function, for the message.
+        backend: "auto", "triton", "cpu" or "reference", already checked.
+        tensor: operand whose dtype and device decide; already promoted to the dtype of the computation's result.
+        rows: number of query rows (Gaussian) or observations (Pearson).
+        fits_triton: whether the Triton kernels know every option of this call.
+
+    Returns:
+        "triton", "cpu" (blocked PyTorch, which runs on every device) or "reference".
+
+    Raises:
+        ValueError: Triton was asked for by name and cannot run this call.
+
+    Source: kernels.md section 5.2.
+
+    """
+    if backend == "triton":
+        _require_triton(operator, tensor, fits_triton)
+        return backend
+    if backend != "auto":
+        return backend
+    if tensor.dtype == torch.float64:
+        chosen = "reference"
+    elif tensor.is_cuda and fits_triton and rows >= SMALLEST_TRITON_ROWS and has_triton() and not is_interpreting():
+        chosen = "triton"
+    else:
+        chosen = "cpu"
+    _say_once(operator, chosen, str(tensor.dtype), tensor.device.type)
+    return chosen
+
+
+def has_triton() -> bool:
+    """Return whether Triton is installed; it is imported only where a kernel is launched or compiled."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Return whether Triton kernels would run in its interpreter, on tensors of any device and very slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _require_triton(operator: str, tensor: Tensor, fits_triton: bool) -> None:
+    if not has_triton():
+        raise ValueError(f"backend='triton' for {operator}: Triton is not installed, use backend='auto'.")
+    if not fits_triton:
+        raise ValueError(f"backend='triton' for {operator}: the kernels have no `neighbours`, use backend='auto'.")
+    if tensor.dtype == torch.float64:
+        raise ValueError(f"backend='triton' for {operator}: the kernels have no float64, use backend='reference'.")
+    if not tensor.is_cuda and not is_interpreting():
+        raise ValueError(
+            f"backend='triton' for {operator} needs a GPU tensor, got {tensor.device} "
+            "(or TRITON_INTERPRET=1 in the environment, for tests)."
+        )
+
+
+@functools.lru_cache
+def _say_once(operator: str, chosen: str, dtype: str, device: str) -> None:
+    _log.debug("%s on %s, %s: backend '%s'", operator, device, dtype, chosen)

@@ -1,0 +1,221 @@
+"""The tiles of a Gaussian problem for the blocked path: which rows meet which, packed operands, masked exponents.
+
+Shapes: B queries, M keys, D embedding, C classes (columns of the values); a tile is [b, m].
+
+Everything that a distance needs is a column of the operands. With x, y centred, `l = [x, -|x|^2/2, 1]` and
+`r = [y, 1, -|y|^2/2]`, the product `l r'` is -|x - y|^2/2; the bandwidth scales l, or both sides where S is symmetric.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scinet_kernels.reference import Pairs, centre_of
+
+# Beyond this a library product gains nothing, and the tile leaves the shared cache.
+_LARGEST_TILE = (512, 2048)
+
+_buffers = threading.local()
+
+
+class Problem(NamedTuple):
+    """Operands of one call.
+
+    Attributes:
+        queries: [B, D] floating point.
+        keys: [M, D]; the very object `queries` where the queries are the keys.
+        values: [M, C], or None: only the mass is wanted.
+        bandwidth: [1] or [B].
+        pairs: the rules, without `neighbours`.
+        self_offset: the key row that is query row 0 itself, or None; says what `pairs.own` says.
+        workspace_bytes: bound on tiles and packed operands.
+
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor | None
+    bandwidth: Tensor
+    pairs: Pairs
+    self_offset: int | None
+    workspace_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the exponents, at least fp32."""
+        return torch.promote_types(torch.promote_types(self.queries.dtype, self.keys.dtype), torch.float32)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether S is: the queries are the keys and share one bandwidth."""
+        return self.queries is self.keys and self.bandwidth.numel() == 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query rows [row, row_end) against key rows [first, column_end).
+
+    In a symmetric walk the columns from `mirror` on stand for their transpose too.
+    """
+
+    row: int
+    row_end: int
+    first: int
+    column_end: int
+    mirror: int
+
+    @property
+    def rows(self) -> slice:
+        """The query rows."""
+        return slice(self.row, self.row_end)
+
+    @property
+    def columns(self) -> slice:
+        """The key rows."""
+        return slice(self.first, self.column_end)
+
+    @property
+    def mirrored(self) -> slice:
+        """The key rows that are query rows of the transpose; often empty."""
+        return slice(self.mirror, self.column_end)
+
+
+class Walk:
+    """The tiles of a problem, with operands packed into a workspace that every call of this thread reuses."""
+
+    def __init__(self, problem: Problem, num_tiles: int) -> None:
+        """Take the workspace.
+
+        Args:
+            problem: the operands.
+            num_tiles: buffers of a tile's size; the first holds the exponents.
+
+        """
+        self.problem = problem
+        dtype, width = problem.dtype, problem.queries.shape[1] + 2
+        self.centre = centre_of(problem.keys, dtype)
+        self.inverse = problem.bandwidth.detach().to(dtype).reciprocal()
+        self._matches = _Matches(problem.pairs)
+        inner, outer = self._shape = _tile_shape(problem, width, num_tiles)
+        sizes = [inner * width, outer * width, *[inner * outer] * num_tiles]
+        left, right, *self._tiles = _carve(sizes, dtype, problem.queries.device)
+        self._left, self._right = left.view(-1, width), right.view(-1, width)
+
+    @property
+    def scales_operands(self) -> bool:
+        """Whether the bandwidth is in the operands; a radius is compared with plain distances instead."""
+        return self.problem.pairs.radius is None
+
+    def __iter__(self) -> Iterator[tuple[Tile, Tensor, Tensor, Tensor]]:
+        """Yield each tile with its packed rows l, r and its exponents, -inf where a pair does not count."""
+        num_rows, num_columns = len(self.problem.queries), len(self.problem.keys)
+        inner, outer = self._shape
+        is_symmetric = self.problem.is_symmetric
+        for column in range(0, num_columns, outer):
+            column_end = min(column + outer, num_columns)
+            right = self._pack(self._right, self.problem.keys, slice(column, column_end), is_left=False)
+            for row in range(0, column_end if is_symmetric else num_rows, inner):
+                row_end = min(row + inner, num_rows)
+                first = max(column, row) if is_symmetric else column
+                mirror = max(column, row_end if row >= column else 0) if is_symmetric else column_end
+                tile = Tile(row, row_end, first, column_end, mirror)
+                left = self._pack(self._left, self.problem.queries, tile.rows, is_left=True)
+                exponents = torch.mm(left, right[first - column :].T, out=self.buffer(0, tile))
+                self._mask(exponents, tile)
+                yield tile, left, right[first - column :], exponents
+
+    def buffer(self, number: int, tile: Tile) -> Tensor:
+        """Return one of the workspace's tiles [b, m], to be overwritten."""
+        rows, columns = tile.row_end - tile.row, tile.column_end - tile.first
+        return self._tiles[number][: rows * columns].view(rows, columns)
+
+    def own(self, cells: Tensor, tile: Tile) -> Tensor | None:
+        """Return the view of a tile's cells in which queries meet themselves, or None."""
+        if self.problem.self_offset is None:
+            return None
+        shift = tile.row + self.problem.self_offset - tile.first
+        return cells.diagonal(shift) if -cells.shape[0] < shift < cells.shape[1] else None
+
+    def scale_rows(self, cells: Tensor, rows: slice) -> None:
+        """Divide rows by the squared bandwidth, in two steps: the square would overflow first."""
+        inverse = self.inverse if self.inverse.numel() == 1 else self.inverse[rows, None]
+        cells.mul_(inverse).mul_(inverse)
+
+    def _pack(self, buffer: Tensor, source: Tensor, rows: slice, *, is_left: bool) -> Tensor:
+        packed = buffer[: rows.stop - rows.start]
+        width = packed.shape[1] - 2
+        vectors = torch.sub(source[rows], self.centre, out=packed[:, :width])
+        if self.problem.is_symmetric and self.scales_operands:
+            vectors.mul_(self.inverse)
+        packed[:, width + 1 - is_left] = torch.linalg.vecdot(vectors, vectors).mul_(-0.5)
+        packed[:, width + is_left] = 1
+        if is_left and not self.problem.is_symmetric and self.scales_operands:
+            self.scale_rows(packed, rows)
+        return packed
+
+    def _mask(self, exponents: Tensor, tile: Tile) -> None:
+        pairs = self.problem.pairs
+        if pairs.radius is not None:
+            exponents.masked_fill_(exponents < -0.5 * pairs.radius**2, -torch.inf)
+            self.scale_rows(exponents, tile.rows)
+        own = self.own(exponents, tile)
+        if own is not None:  # the expansion leaves rounding noise where the distance is 0
+            own.fill_(-torch.inf if pairs.exclude_self else 0)
+        self._matches.mask(exponents, tile)
+
+
+class _Matches:
+    """Pairs of equal id, found by sorting: they are few, and comparing all pairs would be another pass."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._ids: tuple[Tensor, Tensor] | None = None
+        if pairs.query_ids is None or pairs.key_ids is None:
+            return
+        self._ids = pairs.query_ids, pairs.key_ids
+        ordered, self._order = pairs.key_ids.sort(stable=True)
+        self._starts = torch.searchsorted(ordered, pairs.query_ids)
+        self._counts = torch.searchsorted(ordered, pairs.query_ids, right=True) - self._starts
+
+    def mask(self, exponents: Tensor, tile: Tile) -> None:
+        """Set the exponents of equal ids to -inf."""
+        if self._ids is None:
+            return
+        starts, counts = self._starts[tile.rows], self._counts[tile.rows]
+        total = int(counts.sum())
+        if total > exponents.numel() // 8:
+            queries, keys = self._ids
+            exponents.masked_fill_(queries[tile.rows, None] == keys[None, tile.columns], -torch.inf)
+            return
+        rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        within = torch.arange(total, device=counts.device) - (counts.cumsum(0) - counts)[rows]
+        columns = self._order[starts[rows] + within] - tile.first
+        is_here = (columns >= 0) & (columns < exponents.shape[1])
+        exponents[rows[is_here], columns[is_here]] = -torch.inf
+
+
+def _tile_shape(problem: Problem, width: int, num_tiles: int) -> tuple[int, int]:
+    """Return rows and columns of a tile, such that the workspace holds it with its packed operands."""
+    budget = problem.workspace_bytes // problem.dtype.itemsize
+    inner, outer = _LARGEST_TILE
+    inner, outer = max(1, min(inner, len(problem.queries))), max(1, min(outer, len(problem.keys)))
+    while inner * outer > 1 and num_tiles * inner * outer + (inner + outer) * width > budget:
+        inner, outer = (inner, -(-outer // 2)) if outer > inner else (-(-inner // 2), outer)
+    if outer < len(problem.keys):  # a block of rows must not straddle two blocks of columns
+        inner = min(inner, outer)
+        outer -= outer % inner
+    return inner, outer
+
+
+def _carve(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Cut pieces out of a buffer that this thread keeps: on small sizes fresh memory costs more than the arithmetic."""
+    kept: dict[tuple[torch.dtype, torch.device], Tensor] = _buffers.__dict__.setdefault("kept", {})
+    padded = [-(-size // 16) * 16 for size in sizes]  # 64 bytes, so that every piece is aligned
+    buffer = kept.get((dtype, device))
+    if buffer is None or buffer.numel() < sum(padded):
+        buffer = kept[dtype, device] = torch.empty(sum(padded), dtype=dtype, device=device)
+    pieces = torch.split(buffer[: sum(padded)], padded)
+    return [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]

@@ -1,0 +1,40 @@
+"""Kernels in Triton's interpreter or on a GPU: small tiles, inputs amid NaN, a reason where both are missing."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from scinet_kernels import tiles
+from scinet_kernels.tiles import Tile
+
+IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETING else "cuda"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if IS_INTERPRETING or torch.cuda.is_available():
+        return
+    reason = "needs a GPU, or TRITON_INTERPRET=1 in a process of its own: make interpreted"
+    for item in items:
+        if item.get_closest_marker("interpreter"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edges of tiles are met at sizes that the interpreter can do in time."""
+    small = Tile(rows=16, columns=16, inner=16, values=16, num_warps=4, num_stages=2)
+    for key in list(tiles.TABLE):
+        monkeypatch.setitem(tiles.TABLE, key, small)
+
+
+def amid_nan(tensor: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return the matrix as a view into a larger buffer of NaN, so that reading past an edge shows."""
+    rows, columns = tensor.shape
+    buffer = torch.full((rows + 3, columns + 5), torch.nan, dtype=tensor.dtype)
+    buffer = buffer.T.contiguous().T if transposed else buffer
+    view = buffer[1 : rows + 1, 2 : columns + 2]
+    view.copy_(tensor)
+    return view

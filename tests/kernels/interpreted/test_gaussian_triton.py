@@ -1,0 +1,132 @@
+"""The Gaussian Triton kernels against the float64 reference: shapes, strides, masks, extremes, gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scinet_kernels import gaussian_mass, gaussian_propagate
+from tests.kernels.interpreted.conftest import DEVICE, amid_nan
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("small_tiles")]
+MODEST = settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+SIZES = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33])
+WIDTHS = st.sampled_from([1, 3, 16, 17, 33])
+SEEDS = st.integers(0, 2**31)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
+
+
+def rows(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def compare(leaves: dict[str, Tensor], options: dict[str, object], *, dtype: torch.dtype, transposed: bool) -> None:
+    """Result, mass and gradients of the kernels equal those of the reference on the same (rounded) numbers."""
+    rounded = {name: leaf.to(dtype if leaf.dim() == 2 else torch.float32) for name, leaf in leaves.items()}
+    found = []
+    for backend in ("reference", "triton"):
+        own: dict[str, Tensor] = {}
+        for name, leaf in rounded.items():
+            ready = leaf.double()
+            if backend == "triton":
+                ready = amid_nan(leaf, transposed=transposed) if leaf.dim() == 2 else leaf.clone()
+                ready = ready.to(DEVICE)
+            own[name] = ready.detach().requires_grad_()
+        device = own["queries"].device
+        arguments: dict[str, object] = {k: v for k, v in own.items() if k not in ("queries", "values")}
+        arguments |= {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+        # a workspace of a few rows, so that the backward takes several panels
+        arguments |= {"backend": backend, "workspace_bytes": 20_000}
+        result = gaussian_propagate(own["queries"], own["values"], **arguments)
+        mass = gaussian_mass(own["queries"], **arguments)
+        assert result.dtype == (torch.float64 if backend == "reference" else torch.float32)
+        loss = (mass.masked_fill(mass == -math.inf, 0) * rows(7, len(mass)).to(mass)).sum()
+        loss = loss + (result * rows(8, *result.shape).to(result)).sum()
+        gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
+        found.append([t.detach().double().cpu() for t in (result, mass, *gradients)])
+    for exact, kernel in zip(*found, strict=True):
+        scale = max(1.0, exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0)
+        torch.testing.assert_close(kernel, exact, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@given(
+    b=SIZES, m=SIZES, d=WIDTHS, c=WIDTHS, seed=SEEDS, dtype=st.sampled_from([torch.float32, torch.float16]),
+    transposed=st.booleans(), has_ids=st.booleans(), has_weights=st.booleans(), has_radius=st.booleans(),
+    one_bandwidth=st.booleans(),
+)  # fmt: skip
+@MODEST
+def test_cross_form_equals_the_reference(
+    b: int, m: int, d: int, c: int, seed: int, dtype: torch.dtype, transposed: bool, has_ids: bool, has_weights: bool,
+    has_radius: bool, one_bandwidth: bool,
+) -> None:  # fmt: skip
+    leaves = {
+        "queries": rows(seed, b, d) / d**0.5,
+        "values": rows(seed + 1, m, c),
+        "keys": rows(seed + 2, m, d) / d**0.5,
+    }
+    leaves["bandwidth"] = rows(seed + 3).abs() + 0.5 if one_bandwidth else rows(seed + 3, b).abs() + 0.5
+    options: dict[str, object] = {}
+    if has_weights:
+        leaves["key_weights"] = rows(seed + 4, m)  # about half are negative: those keys do not count
+    if has_ids:
+        options |= {"query_ids": torch.arange(b) % 4 + 2**40, "key_ids": torch.arange(m) % 3 + 2**40}
+    if has_radius:
+        options["radius"] = 1.31
+    compare(leaves, options, dtype=dtype, transposed=transposed)
+
+
+@given(
+    b=SIZES, d=WIDTHS, c=WIDTHS, seed=SEEDS, transposed=st.booleans(), exclude=st.booleans(), has_ids=st.booleans(),
+    one_bandwidth=st.booleans(),
+)  # fmt: skip
+@MODEST
+def test_self_form_equals_the_reference(
+    b: int, d: int, c: int, seed: int, transposed: bool, exclude: bool, has_ids: bool, one_bandwidth: bool
+) -> None:
+    leaves = {"queries": rows(seed, b, d) / d**0.5, "values": rows(seed + 1, b, c)}
+    leaves["bandwidth"] = rows(seed + 3).abs() + 0.5 if one_bandwidth else rows(seed + 3, b).abs() + 0.5
+    options: dict[str, object] = {"exclude_self": exclude}
+    if has_ids:
+        options["query_ids"] = torch.arange(b) // 2
+    compare(leaves, options, dtype=torch.float32, transposed=transposed)
+
+
+def test_far_rows_average_correctly_and_duplicates_share() -> None:
+    x = torch.cat([rows(0, 12, 3), rows(1, 3, 3) + 12, rows(2, 1, 3) - 20, rows(3, 1, 3).expand(4, 3)])
+    leaves = {"queries": x, "values": rows(4, len(x), 4), "bandwidth": torch.tensor(0.5).double()}
+    for exclude in (True, False):
+        found = []
+        for backend in ("reference", "triton"):
+            wide = {k: v.clone() if backend == "reference" else v.float().to(DEVICE) for k, v in leaves.items()}
+            options = {"bandwidth": wide["bandwidth"], "exclude_self": exclude, "backend": backend}
+            found.append(gaussian_propagate(wide["queries"], wide["values"], **options).double().cpu())
+        torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=2e-3)
+
+
+def test_a_row_has_weight_one_on_itself_when_the_bandwidth_is_tiny() -> None:
+    x = (rows(0, 20, 64) + 3).float().to(DEVICE)
+    assert (gaussian_mass(x, bandwidth=1e-3, backend="triton") == 0).all()
+
+
+def test_a_nan_query_spoils_its_own_row_only() -> None:
+    queries, keys, values = (rows(seed, 20, 5).float().to(DEVICE) for seed in range(3))
+    expected = gaussian_propagate(queries, values, bandwidth=1.0, keys=keys, backend="triton")
+    queries[17, 2] = math.nan
+    result = gaussian_propagate(queries, values, bandwidth=1.0, keys=keys, backend="triton")
+    is_spoilt = torch.arange(20) == 17
+    assert result[is_spoilt].isnan().all()
+    torch.testing.assert_close(result[~is_spoilt], expected[~is_spoilt])
+
+
+def test_row_offsets_do_not_overflow_when_the_stride_exceeds_32_bits() -> None:
+    # rows 2^31 elements apart cannot be allocated; a stride of 0 times a large row number can: expand one row
+    stride = 2**31
+    storage = rows(0, 1, 4).float().to(DEVICE)
+    far = torch.as_strided(storage, (1, 4), (stride, 1))
+    result = gaussian_propagate(far, torch.ones(1, 1, device=DEVICE), bandwidth=1.0, backend="triton")
+    assert result.item() == 1.0

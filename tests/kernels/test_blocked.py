@@ -1,0 +1,246 @@
+"""The blocked path against the reference, in float64 and fp32, forward and backward, whatever the tiles."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scinet_kernels import gaussian_mass, gaussian_propagate
+from scinet_kernels.gaussian import gaussian
+
+MODEST = settings(deadline=None, max_examples=60)
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 16, 17, 31, 40])
+SEEDS = st.integers(0, 2**31)
+
+
+def rows(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def both(
+    leaves: dict[str, Tensor], options: dict[str, object], *, workspace_bytes: int, with_values: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Result, mass and every gradient, by the reference and by the blocked path."""
+    found = []
+    for backend in ("reference", "cpu"):
+        own = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+        arguments: dict[str, object] = {k: v for k, v in own.items() if k not in ("queries", "values")} | options
+        arguments |= {"backend": backend, "workspace_bytes": workspace_bytes}
+        mass = gaussian_mass(own["queries"], **arguments)
+        signal = rows(7, len(mass), dtype=mass.dtype)
+        loss = (mass.masked_fill(mass == -math.inf, 0) * signal).sum()
+        outputs = [mass]
+        if with_values:
+            result = gaussian_propagate(own["queries"], own["values"], **arguments)
+            loss = loss + (result * rows(8, *result.shape, dtype=result.dtype)).sum()
+            outputs.append(result)
+        wanted = [leaf for name, leaf in own.items() if with_values or name != "values"]
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        found.append([*outputs, *gradients])
+    return found[0], found[1]
+
+
+def assert_equal(found: tuple[list[Tensor], list[Tensor]], tolerance: float = 1e-9) -> None:
+    for reference, blocked in zip(*found, strict=True):
+        assert blocked.dtype == reference.dtype
+        torch.testing.assert_close(blocked, reference, rtol=tolerance, atol=tolerance)
+
+
+@given(
+    b=SIZES,
+    m=SIZES,
+    d=SIZES,
+    c=SIZES,
+    seed=SEEDS,
+    workspace=st.sampled_from([1, 3000, 1 << 20]),
+    has_ids=st.booleans(),
+    has_weights=st.booleans(),
+    radius=st.sampled_from([None, 2.0, 5.0]),
+    one_bandwidth=st.booleans(),
+    with_values=st.booleans(),
+)
+@MODEST
+def test_cross_form_equals_the_reference(
+    b: int, m: int, d: int, c: int, seed: int, workspace: int, has_ids: bool, has_weights: bool,
+    radius: float | None, one_bandwidth: bool, with_values: bool,
+) -> None:  # fmt: skip
+    bandwidth = rows(seed + 3).abs() + 0.5 if one_bandwidth else rows(seed + 3, b).abs() + 0.5
+    leaves = {"queries": rows(seed, b, d), "values": rows(seed + 2, m, c) + 3, "keys": rows(seed + 1, m, d)}
+    leaves["bandwidth"] = bandwidth
+    options: dict[str, object] = {"radius": radius}
+    if has_weights:
+        leaves["key_weights"] = rows(seed + 4, m)  # about half are negative: those keys do not count
+    if has_ids:
+        options |= {"query_ids": torch.arange(b) % 4, "key_ids": torch.arange(m) % 3}
+    assert_equal(both(leaves, options, workspace_bytes=workspace, with_values=with_values))
+
+
+@given(
+    b=SIZES,
+    d=SIZES,
+    c=SIZES,
+    seed=SEEDS,
+    workspace=st.sampled_from([1, 3000, 20000, 1 << 20]),
+    has_ids=st.booleans(),
+    has_weights=st.booleans(),
+    exclude=st.booleans(),
+    radius=st.sampled_from([None, 2.0, 5.0]),
+    one_bandwidth=st.booleans(),
+)
+@MODEST
+def test_self_form_equals_the_reference(
+    b: int, d: int, c: int, seed: int, workspace: int, has_ids: bool, has_weights: bool, exclude: bool,
+    radius: float | None, one_bandwidth: bool,
+) -> None:  # fmt: skip
+    bandwidth = rows(seed + 3).abs() + 0.5 if one_bandwidth else rows(seed + 3, b).abs() + 0.5
+    leaves = {"queries": rows(seed, b, d), "values": rows(seed + 2, b, c), "bandwidth": bandwidth}
+    if has_weights:
+        leaves["key_weights"] = rows(seed + 4, b)
+    options: dict[str, object] = {"exclude_self": exclude, "radius": radius}
+    if has_ids:
+        options["query_ids"] = torch.arange(b) // 2
+    assert_equal(both(leaves, options, workspace_bytes=workspace))
+
+
+@given(
+    b=SIZES,
+    m=SIZES,
+    c=SIZES,
+    k=st.integers(1, 12),
+    seed=SEEDS,
+    workspace=st.sampled_from([1, 800, 1 << 20]),
+    is_self=st.booleans(),
+    has_ids=st.booleans(),
+    has_weights=st.booleans(),
+    on_grid=st.booleans(),
+)
+@MODEST
+def test_neighbours_equal_the_reference(
+    b: int, m: int, c: int, k: int, seed: int, workspace: int, is_self: bool, has_ids: bool, has_weights: bool,
+    on_grid: bool,
+) -> None:  # fmt: skip
+    m = b if is_self else m
+    leaves = {"queries": rows(seed, b, 3), "values": rows(seed + 1, m, c)}
+    if on_grid:  # many equal distances: the lower index counts
+        leaves["queries"] = leaves["queries"].round()
+    if not is_self:
+        leaves["keys"] = rows(seed + 2, m, 3).round() if on_grid else rows(seed + 2, m, 3)
+    if has_weights:
+        leaves["key_weights"] = rows(seed + 4, m)
+    options: dict[str, object] = {"neighbours": k, "bandwidth": 0.9, "exclude_self": is_self}
+    if has_ids:
+        options["query_ids"] = torch.arange(b) % 4
+        if not is_self:
+            options["key_ids"] = torch.arange(m) % 3
+    assert_equal(both(leaves, options, workspace_bytes=workspace))
+
+
+@pytest.mark.parametrize("bandwidth", [0.02, 0.1, 0.5, 5.0, math.inf])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_fp32_is_as_exact_as_its_digits_allow(bandwidth: float, offset: float) -> None:
+    x = torch.nn.functional.normalize(rows(0, 300, 64), dim=1).float() + offset
+    leaves = {"queries": x, "values": rows(1, 300, 9).sigmoid().float()}
+    options: dict[str, object] = {"bandwidth": bandwidth}
+    wide = both({name: leaf.double() for name, leaf in leaves.items()}, options, workspace_bytes=1 << 20)[0]
+    narrow = both(leaves, options, workspace_bytes=200_000)[1]
+    # an offset costs the input itself about four digits of a distance; a small bandwidth multiplies what is left
+    tolerance = 3e-6 * (1 + offset) * max(1.0, (0.3 / bandwidth) ** 2)
+    for exact, found in zip(wide, narrow, strict=True):
+        scale = exact.abs().max().clamp_min(1e-3)
+        assert ((found.double() - exact).abs().max() / scale).item() < tolerance
+
+
+def test_far_rows_average_correctly_when_their_weights_underflow() -> None:
+    x = torch.cat([rows(0, 20, 3), rows(1, 3, 3) + 12, rows(2, 1, 3) - 20]).float()
+    leaves = {"queries": x, "values": rows(3, 24, 4).float(), "bandwidth": torch.tensor(0.3)}
+    leaves["key_weights"] = rows(4, 24).abs().float()
+    for bandwidth in (torch.tensor(0.3), torch.full((24,), 0.3)):
+        reference, blocked = both(leaves | {"bandwidth": bandwidth}, {"exclude_self": True}, workspace_bytes=4000)
+        assert reference[0].min() < -1000
+        assert torch.isfinite(reference[0]).all()
+        for exact, found in zip(reference, blocked, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
+def test_half_inputs_and_mixed_dtypes_follow_the_reference() -> None:
+    for dtype, values_dtype in ((torch.float16, torch.float16), (torch.bfloat16, torch.float32)):
+        leaves = {"queries": rows(0, 30, 8, dtype=dtype), "values": rows(1, 40, 3, dtype=values_dtype)}
+        leaves["keys"] = rows(2, 40, 8, dtype=dtype)
+        found = both(leaves, {"bandwidth": 0.8}, workspace_bytes=3000)
+        for reference, blocked in zip(*found, strict=True):
+            assert blocked.dtype == reference.dtype
+            torch.testing.assert_close(blocked.float(), reference.float(), rtol=1e-2, atol=1e-2)
+    wide = gaussian_propagate(rows(0, 9, 2).float(), rows(1, 9, 2), bandwidth=1.0, backend="cpu")
+    assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("is_self", [True, False])
+@pytest.mark.parametrize("one_bandwidth", [True, False])
+def test_gradients_are_those_of_finite_differences(is_self: bool, one_bandwidth: bool) -> None:
+    x, keys, values = rows(0, 5, 3).requires_grad_(), rows(1, 6, 3).requires_grad_(), rows(2, 5 if is_self else 6, 2)
+    weights = (rows(3, 5 if is_self else 6).abs() + 0.1).requires_grad_()
+    bandwidth = (torch.tensor(0.8).double() if one_bandwidth else torch.linspace(0.6, 1.4, 5).double()).requires_grad_()
+
+    def propagate(x: Tensor, keys: Tensor, values: Tensor, bandwidth: Tensor, weights: Tensor) -> Tensor:
+        options: dict[str, object] = {"exclude_self": True} if is_self else {"keys": keys}
+        options |= {"bandwidth": bandwidth, "key_weights": weights, "backend": "cpu", "workspace_bytes": 500}
+        return torch.cat([gaussian_propagate(x, values, **options), gaussian_mass(x, **options)[:, None]], 1)
+
+    assert torch.autograd.gradcheck(propagate, (x, keys, values.requires_grad_(), bandwidth, weights))
+
+
+def test_a_nan_query_spoils_its_own_row_only_and_a_nan_value_its_own_column() -> None:
+    queries, keys, values = rows(0, 6, 3).float(), rows(1, 40, 3).float(), rows(2, 40, 2).float()
+    expected = gaussian_propagate(queries, values, bandwidth=1.0, keys=keys, backend="cpu")
+    spoilt = queries.clone()
+    spoilt[1, 0] = math.nan
+    result = gaussian_propagate(spoilt, values, bandwidth=1.0, keys=keys, backend="cpu", workspace_bytes=2000)
+    assert result[1].isnan().all()
+    torch.testing.assert_close(result[[0, 2, 3, 4, 5]], expected[[0, 2, 3, 4, 5]])
+    values[3, 1] = math.nan
+    result = gaussian_propagate(queries, values, bandwidth=1.0, keys=keys, backend="cpu")
+    assert result[:, 1].isnan().all()
+    torch.testing.assert_close(result[:, 0], expected[:, 0])
+
+
+def test_repeated_runs_are_bitwise_equal() -> None:
+    leaves = {"queries": rows(0, 700, 16).float(), "values": rows(1, 700, 5).float()}
+    first, second = (both(leaves, {"bandwidth": 0.7}, workspace_bytes=1 << 20)[1] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_the_operator_obeys_torch_library(with_keys: bool) -> None:
+    x, values = rows(0, 9, 4).requires_grad_(), rows(1, 9, 3).requires_grad_()
+    keys = rows(2, 9, 4).requires_grad_() if with_keys else None
+    bandwidth = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    offset = None if with_keys else 0
+    arguments = (x, keys, values, bandwidth, None, None, None, offset, not with_keys, None, "cpu", 4000)
+    torch.library.opcheck(gaussian, arguments)
+
+
+class _LargestOutput(TorchDispatchMode):
+    """Remember the largest tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+        return out
+
+
+@pytest.mark.parametrize("is_self", [True, False])
+def test_no_temporary_grows_with_the_product_of_the_sizes(is_self: bool) -> None:
+    x, values = rows(0, 3000, 4).float().requires_grad_(), rows(1, 3000, 3).float().requires_grad_()
+    options: dict[str, object] = {} if is_self else {"keys": x.detach().clone().requires_grad_()}
+    with _LargestOutput() as mode:
+        result = gaussian_propagate(x, values, bandwidth=0.5, backend="cpu", workspace_bytes=100_000, **options)
+        result.sum().backward()
+    assert mode.largest <= 100_000  # 3000 x 3000 floats would be 36,000,000
