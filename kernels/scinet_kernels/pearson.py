@@ -15,51 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scinet_kernels import checks, sharded
+from scinet_kernels import checks, dispatch, sharded
+from scinet_kernels.moments import column_sums, has_narrow_products, moments, rebased
 
-# A variance below this share of the second moment about the pivot is rounding of a constant.
+# A variance below this share of the second moment about the pivot is rounding of a constant. Equal terms all round the
+# same way: fp32 products err by 8e-6 where 384 rows are added in turn (measured, MKL), so by 2e-5 where all of
+# moments.BLOCK_ROWS are; float64 ones by under 1e-13.
 _RELATIVE_VARIANCE = 1e-12
-_STATE_FIELDS = ("pivot", "weight", "total", "moments")
+_RELATIVE_VARIANCE_FP32 = 2.0**-15
+# Sums of squares below this have lost digits to the smallest fp32 number.
+_SMALLEST_VARIANCE_FP32 = 1e-30
+_STATE_FIELDS = ("pivot", "weight", "total", "moments", "is_narrow")
 
 
-def _masked(values: Tensor, known: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Float64 values and weights, both 0 in unknown cells; selected, never multiplied, so that NaN stays out."""
-    known = torch.ones_like(values, dtype=torch.bool) if known is None else known
-    wide = torch.ones_like(values, dtype=torch.float64) if weights is None else weights.double()
-    known = known & (wide > 0)
-    return torch.where(known, values.double(), 0), torch.where(known, wide, 0)
-
-
-def _moments(values: Tensor, weights: Tensor, pivot: Tensor) -> Tensor:
-    """Stack n, sx, sxx, sxy [4, C, C] of masked float64 values and weights about the pivot."""
-    shifted = torch.where(weights > 0, values - pivot, 0)
-    weighted = weights * shifted
-    return torch.stack(
-        [weights.T @ weights, weighted.T @ weights, (weighted * shifted).T @ weights, weighted.T @ weighted]
-    )
-
-
-def _rebased(moments: Tensor, shift: Tensor) -> Tensor:
-    """Moments about `pivot - shift` from moments about `pivot`: z becomes z + shift."""
-    count, first, second, cross = moments
-    mine, other = shift[:, None], shift[None, :]
-    return torch.stack(
-        [
-            count,
-            first + mine * count,
-            second + 2 * mine * first + mine**2 * count,
-            cross + other * first + mine * first.T + mine * other * count,
-        ]
-    )
-
-
-def _correlation(moments: Tensor, min_count: float, undefined: float) -> tuple[Tensor, Tensor]:
+def _correlation(sums: Tensor, is_narrow: Tensor, min_count: float, undefined: float) -> tuple[Tensor, Tensor]:
     """Correlation and count [C, C] from the moments; exactly symmetric, diagonal 1 where defined."""
-    count, first, second, cross = moments
+    count, first, second, cross = sums
     count, cross = (count + count.T) / 2, (cross + cross.T) / 2  # a matrix product may differ in the last bit
     divisor = torch.where(count > 0, count, 1)
     variance = second - first.square() / divisor
-    varies = variance > _RELATIVE_VARIANCE * second
+    in_fp32 = second * _RELATIVE_VARIANCE_FP32 + _SMALLEST_VARIANCE_FP32
+    varies = variance > torch.where(is_narrow > 0, in_fp32, second * _RELATIVE_VARIANCE)
     is_defined = (count > 0) & (count >= min_count) & varies & varies.T
     deviation = torch.where(is_defined, variance, 1).sqrt()
     correlation = ((cross - first * first.T / divisor) / (deviation * deviation.T)).clamp(-1, 1)
@@ -67,7 +43,7 @@ def _correlation(moments: Tensor, min_count: float, undefined: float) -> tuple[T
     return torch.where(is_defined, torch.where(diagonal, 1, correlation), undefined), count
 
 
-def _pivot(weight: Tensor, total: Tensor) -> Tensor:
+def _mean(weight: Tensor, total: Tensor) -> Tensor:
     """Weighted column mean [C] of what was observed, 0 where nothing was."""
     return torch.where(weight > 0, total / torch.where(weight > 0, weight, 1), 0)
 
@@ -91,32 +67,39 @@ def pearson(
             two cell weights. A cell of weight <= 0 is unknown.
         min_count: pairs with a smaller (weighted) count are undefined.
         undefined: correlation given to them, to pairs with a constant column, and to the diagonal of such columns.
-        backend: "auto" or "reference".
+        backend: "auto", "triton" (fp32 and half), "cpu" (blocks of rows, any device) or "reference" (whole array in
+            float64, the only one differentiable twice). "auto" is "reference" for float64 values.
         group: process group; `values` are then this rank's rows (possibly none) and the moments are summed. The
             gradient is that of the sum of all ranks' losses.
 
     Returns:
         (correlation [C, C] in [-1, 1], count [C, C]: the weighted co-observations n_ab), in the dtype of the values
-        promoted to at least fp32; computed in float64. Differentiable in values and positive weights, zero gradient
-        in undefined pairs and on the diagonal.
+        promoted to at least fp32. Differentiable in values and positive weights, zero gradient in undefined pairs and
+        on the diagonal.
+
+        A column is constant for a pair if its deviation on the common rows is below 1e-6 of its distance to the
+        column's overall mean; 6e-3 where fp32 and half values are multiplied in fp32 (all but "reference"), which
+        also takes a sum of squared deviations below 1e-30 for constant.
 
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: a shape, device or name does not fit.
+        ValueError: a shape, device or name does not fit, or "triton" cannot run these values.
 
     Source: kernels.md section 2.
 
     """
     checks.check_backend(backend)
     checks.check_cells(values, known, weights)
-    cells, wide = _masked(values, known, weights)
-    sums = torch.stack([wide.sum(0), (wide * cells).sum(0)]).detach()
+    chosen = dispatch.choose("pearson", backend, values, rows=values.shape[0])
+    zero = values.new_zeros(values.shape[1], dtype=torch.float64)
+    totals = column_sums(values, known, weights, zero, chosen)
+    if group is not None:
+        totals = sharded.sum_over_ranks(totals, group)
+    sums = moments(values, known, weights, _mean(*totals), chosen)
     if group is not None:
         sums = sharded.sum_over_ranks(sums, group)
-    moments = _moments(cells, wide, _pivot(*sums))
-    if group is not None:
-        moments = sharded.sum_over_ranks(moments, group)
-    correlation, count = _correlation(moments, min_count, undefined)
+    is_narrow = zero.new_full((), float(has_narrow_products(values, chosen)))
+    correlation, count = _correlation(sums, is_narrow, min_count, undefined)
     dtype = torch.promote_types(values.dtype, torch.float32)
     return correlation.to(dtype), count.to(dtype)
 
@@ -124,7 +107,8 @@ def pearson(
 class PearsonState:
     """Streamed, mergeable Pearson correlation with optional exponential forgetting; carries no gradient.
 
-    Everything is float64, about a pivot per column: the weighted mean of the first update that observes the column.
+    All sums are float64, about a pivot per column: the weighted mean of the first update that observes the column.
+    Once an update was multiplied in fp32, the state reads constant columns by the fp32 rule of `pearson`.
 
     With several ranks keep one state per rank, update it with that rank's rows, and read an all-reduced *copy*
     (`copy.deepcopy`): all operations are linear, so that equals one state that saw all rows.
@@ -133,17 +117,23 @@ class PearsonState:
         num_classes: C.
         decay: factor in (0, 1] on the old moments at each update; 1 forgets nothing.
         device: where the moments live; updates must come from there.
+        backend: of the updates, as in `pearson`; "auto" decides by each update's dtype.
 
     """
 
-    def __init__(self, num_classes: int, *, decay: float = 1.0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_classes: int, *, decay: float = 1.0, device: torch.device | str = "cpu", backend: str = "auto"
+    ) -> None:
         checks.check_at_least_one("num_classes", num_classes)
+        checks.check_backend(backend)
         self.num_classes = num_classes
         self.decay = _checked_decay(decay)
+        self.backend = backend
         self._pivot = torch.zeros(num_classes, dtype=torch.float64, device=device)
         self._weight = torch.zeros_like(self._pivot)  # sum of cell weights, [C]
         self._total = torch.zeros_like(self._pivot)  # sum of cell weight times (value - pivot), [C]
         self._moments = self._pivot.new_zeros(4, num_classes, num_classes)
+        self._is_narrow = self._pivot.new_zeros(())  # 1 once products in fp32 went into the moments
 
     @torch.no_grad()
     def update(
@@ -171,13 +161,20 @@ class PearsonState:
         if values.shape[1] != self.num_classes:
             raise ValueError(f"values have {values.shape[1]} columns but the state has {self.num_classes} classes.")
         factor = self.decay if decay is None else _checked_decay(decay)
-        cells, wide = _masked(values, known, weights)
-        weight = wide.sum(0)
+        chosen = dispatch.choose("pearson", self.backend, values, rows=values.shape[0])
+        sums = column_sums(values, known, weights, torch.zeros_like(self._pivot), chosen)
         # A column not observed so far has only zero moments: any pivot is right, and its first mean is the best.
-        self._pivot = torch.where(self._weight > 0, self._pivot, _pivot(weight, (wide * cells).sum(0)))
-        self._weight = factor * self._weight + weight
-        self._total = factor * self._total + (wide * torch.where(wide > 0, cells - self._pivot, 0)).sum(0)
-        self._moments = factor * self._moments + _moments(cells, wide, self._pivot)
+        self._pivot = torch.where(self._weight > 0, self._pivot, _mean(*sums))
+        added = moments(values, known, weights, self._pivot, chosen)
+        if weights is None:  # the diagonals hold the columns' own sums
+            sums = added[:2].diagonal(dim1=1, dim2=2)
+        else:  # not by subtraction from the sums above: a large mean would cost digits
+            sums = column_sums(values, known, weights, self._pivot, chosen)
+        self._weight = factor * self._weight + sums[0]
+        self._total = factor * self._total + sums[1]
+        self._moments = factor * self._moments + added
+        if has_narrow_products(values, chosen):
+            self._is_narrow = torch.ones_like(self._is_narrow)
 
     @torch.no_grad()
     def merge(self, other: "PearsonState") -> None:
@@ -195,9 +192,10 @@ class PearsonState:
         checks.check_same_device("the other state", other._pivot, "the state", self._pivot)
         self._rebase(torch.where(self._weight > 0, self._pivot, other._pivot))
         shift = torch.where(other._weight > 0, other._pivot - self._pivot, 0)
-        self._moments = self._moments + _rebased(other._moments, shift)
+        self._moments = self._moments + rebased(other._moments, shift)
         self._total = self._total + other._total + shift * other._weight
         self._weight = self._weight + other._weight
+        self._is_narrow = torch.maximum(self._is_narrow, other._is_narrow)
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -210,9 +208,10 @@ class PearsonState:
 
         """
         has_seen = (self._weight > 0).double()
-        votes = torch.stack([has_seen, has_seen * self._pivot])
+        votes = torch.stack([has_seen, has_seen * self._pivot, self._is_narrow.expand_as(has_seen)])
         dist.all_reduce(votes, group=group)
-        self._rebase(_pivot(*votes))
+        self._rebase(_mean(*votes[:2]))
+        self._is_narrow = (votes[2, 0] > 0).double()
         flat = torch.cat([self._weight, self._total, self._moments.flatten()])
         dist.all_reduce(flat, group=group)
         flat = flat.view(-1, self.num_classes)
@@ -230,7 +229,7 @@ class PearsonState:
             (correlation [C, C] in [-1, 1], count [C, C]), float64.
 
         """
-        return _correlation(self._moments, min_count, undefined)
+        return _correlation(self._moments, self._is_narrow, min_count, undefined)
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Read the weighted mean of each column over its known cells.
@@ -239,13 +238,14 @@ class PearsonState:
             (mean [C], 0 where nothing was observed; weight [C], the decayed sum of cell weights), float64.
 
         """
-        return torch.where(self._weight > 0, self._pivot + _pivot(self._weight, self._total), 0), self._weight.clone()
+        return torch.where(self._weight > 0, self._pivot + _mean(self._weight, self._total), 0), self._weight.clone()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that was observed, for a checkpoint; `decay` is configuration and not in it.
+        """Everything that was observed, for a checkpoint; `decay` and `backend` are configuration and not in it.
 
         Returns:
-            Float64 tensors: pivot [C], weight [C], total [C], moments [4, C, C].
+            Float64 tensors: pivot [C], weight [C], total [C], moments [4, C, C], is_narrow [] (1 once products in
+            fp32 went into the moments).
 
         """
         return {name: getattr(self, f"_{name}").clone() for name in _STATE_FIELDS}
@@ -260,6 +260,7 @@ class PearsonState:
             ValueError: a field is missing or too many, or has another shape.
 
         """
+        state = {"is_narrow": torch.zeros_like(self._is_narrow), **state}  # older states were float64 throughout
         if set(state) != set(_STATE_FIELDS):
             raise ValueError(f"a PearsonState holds {sorted(_STATE_FIELDS)}, the saved one {sorted(state)}.")
         for name in _STATE_FIELDS:
@@ -273,7 +274,7 @@ class PearsonState:
     def _rebase(self, pivot: Tensor) -> None:
         """Move to another pivot, exactly in exact arithmetic."""
         shift = torch.where(self._weight > 0, self._pivot - pivot, 0)
-        self._moments = _rebased(self._moments, shift)
+        self._moments = rebased(self._moments, shift)
         self._total = self._total + shift * self._weight
         self._pivot = pivot
 
