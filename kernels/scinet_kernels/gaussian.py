@@ -104,19 +104,17 @@ def _backward(*given: Any) -> list[Tensor]:
     ]
 
 
-gaussian = torch.library.custom_op(
-    "scinet::gaussian", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
-)
-_gaussian_backward = torch.library.custom_op(
+# Defined piece by piece: `torch.library.custom_op` would import torch._dynamo at the first call, for seconds, and
+# imported while a process group lives, torch._dynamo keeps that group alive.
+torch.library.define("scinet::gaussian", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
     "scinet::gaussian_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor result, Tensor mass, Tensor grad_result, Tensor grad_log_mass, bool[] needs) "
-    "-> Tensor[]",
+    f"({_ARGUMENTS}, Tensor result, Tensor mass, Tensor grad_result, Tensor grad_log_mass, bool[] needs) -> Tensor[]",
 )
+torch.library.impl("scinet::gaussian", "CompositeExplicitAutograd", _forward)
+torch.library.impl("scinet::gaussian_backward", "CompositeExplicitAutograd", _backward)
 
 
-@gaussian.register_fake
 def _fake_forward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = Arguments(*given)
     queries, values = arguments.queries, arguments.values
@@ -130,7 +128,6 @@ def _fake_forward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@_gaussian_backward.register_fake
 def _fake_backward(*given: Any) -> list[Tensor]:
     *operands, _, _, _, _, needs = given
     arguments = Arguments(*operands)
@@ -154,11 +151,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _differentiate(ctx: Any, grad_result: Tensor, grad_log_mass: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *operands, result, mass = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    found = _gaussian_backward(*operands, *ctx.options, result, mass, grad_result, grad_log_mass, needs)
+    found = torch.ops.scinet.gaussian_backward(*operands, *ctx.options, result, mass, grad_result, grad_log_mass, needs)
     gradients = [
         part.to(operand.dtype) if need else None for need, part, operand in zip(needs, found, operands[:5], strict=True)
     ]
     return (*gradients, *[None] * (len(Arguments._fields) - 5))
 
 
-gaussian.register_autograd(_differentiate, setup_context=_setup_context)
+torch.library.register_fake("scinet::gaussian", _fake_forward)
+torch.library.register_fake("scinet::gaussian_backward", _fake_backward)
+torch.library.register_autograd("scinet::gaussian", _differentiate, setup_context=_setup_context)
+
+
+def gaussian(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Run the operator, and return result [B, C] and log mass [B].
+
+    Args:
+        arguments: its operands and options.
+
+    """
+    result, log_mass, _ = torch.ops.scinet.gaussian(*arguments)
+    return result, log_mass

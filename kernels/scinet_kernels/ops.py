@@ -119,8 +119,7 @@ def _run(call: _Call) -> tuple[Tensor, Tensor]:
         backend=call.backend,
         workspace_bytes=problem.workspace_bytes,
     )
-    result, log_mass, _ = gaussian(*arguments)
-    return result, log_mass
+    return gaussian(arguments)
 
 
 def gaussian_propagate(

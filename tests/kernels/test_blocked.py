@@ -1,6 +1,8 @@
 """The blocked path against the reference, in float64 and fp32, forward and backward, whatever the tiles."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scinet_kernels import gaussian_mass, gaussian_propagate
-from scinet_kernels.gaussian import gaussian
 
 MODEST = settings(deadline=None, max_examples=60)
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 16, 17, 31, 40])
@@ -154,6 +155,20 @@ def test_fp32_is_as_exact_as_its_digits_allow(bandwidth: float, offset: float) -
         assert ((found.double() - exact).abs().max() / scale).item() < tolerance
 
 
+@pytest.mark.parametrize("one_bandwidth", [True, False])
+def test_gradients_keep_their_digits_when_a_row_outweighs_its_neighbours(one_bandwidth: bool) -> None:
+    # a weight of 1 on itself against 1e-10 on others: the pull of a row at itself must be nothing, not rounding noise
+    x, values = torch.nn.functional.normalize(rows(0, 300, 512), dim=1), rows(1, 300, 9).sigmoid()
+    bandwidth = torch.tensor(0.15).double() if one_bandwidth else torch.full((300,), 0.15).double()
+    found = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
+        leaf = x.to(dtype).requires_grad_()
+        result = gaussian_propagate(leaf, values.to(dtype), bandwidth=bandwidth.to(dtype), backend=backend)
+        found.append(torch.autograd.grad(result, leaf, rows(2, 300, 9, dtype=dtype))[0].double())
+    exact, narrow = found
+    assert ((narrow - exact).abs().max() / exact.abs().max()).item() < 5e-6
+
+
 def test_far_rows_average_correctly_when_their_weights_underflow() -> None:
     x = torch.cat([rows(0, 20, 3), rows(1, 3, 3) + 12, rows(2, 1, 3) - 20]).float()
     leaves = {"queries": x, "values": rows(3, 24, 4).float(), "bandwidth": torch.tensor(0.3)}
@@ -220,7 +235,27 @@ def test_the_operator_obeys_torch_library(with_keys: bool) -> None:
     bandwidth = torch.ones(1, dtype=torch.float64, requires_grad=True)
     offset = None if with_keys else 0
     arguments = (x, keys, values, bandwidth, None, None, None, offset, not with_keys, None, "cpu", 4000)
-    torch.library.opcheck(gaussian, arguments)
+    torch.library.opcheck(torch.ops.scinet.gaussian, arguments)
+
+
+def test_a_compiled_step_keeps_its_graph() -> None:
+    x, values = rows(0, 9, 4).float().requires_grad_(), rows(1, 9, 3).float()
+
+    def step(x: Tensor) -> Tensor:
+        return gaussian_propagate(x, values, bandwidth=1.0, backend="cpu").sin()
+
+    whole = torch.compile(step, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(whole, step(x))
+    torch.testing.assert_close(torch.autograd.grad(whole.sum(), x), torch.autograd.grad(step(x).sum(), x))
+
+
+def test_a_call_does_not_import_the_compiler() -> None:
+    program = (
+        "import sys, torch, scinet_kernels as k; x = torch.ones(4, 2, requires_grad=True); "
+        "k.gaussian_propagate(x, x, bandwidth=1.0).sum().backward(); k.pearson(x.detach()); "
+        "assert not {'torch._dynamo', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 class _LargestOutput(TorchDispatchMode):

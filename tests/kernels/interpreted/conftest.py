@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter or on a GPU: small tiles, inputs amid NaN, a reason where both are missing."""
+"""Kernels in Triton's interpreter or on a GPU: small tiles, inputs amid infinities, a reason where both are missing."""
 
 import os
 
@@ -30,10 +30,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(tiles.TABLE, key, small)
 
 
-def amid_nan(tensor: Tensor, *, transposed: bool = False) -> Tensor:
-    """Return the matrix as a view into a larger buffer of NaN, so that reading past an edge shows."""
+def amid_infinities(tensor: Tensor, *, margin: int, transposed: bool) -> Tensor:
+    """Return the matrix as a view into a larger buffer of infinities.
+
+    A read past an edge shows: in the result, or, where a mask hides it there, as numpy's warning of inf - inf. The
+    margin decides the stride, so that no two operands need share one.
+    """
     rows, columns = tensor.shape
-    buffer = torch.full((rows + 3, columns + 5), torch.nan, dtype=tensor.dtype)
+    buffer = torch.full((rows + 1 + margin, columns + 2 + margin), torch.inf, dtype=tensor.dtype)
     buffer = buffer.T.contiguous().T if transposed else buffer
     view = buffer[1 : rows + 1, 2 : columns + 2]
     view.copy_(tensor)
