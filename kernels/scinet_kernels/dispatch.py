@@ -38,14 +38,25 @@ def choose(operator: str, backend: str, tensor: Tensor, *, rows: int, fits_trito
         return backend
     if backend != "auto":
         return backend
-    if tensor.dtype == torch.float64:
-        chosen = "reference"
-    elif tensor.is_cuda and fits_triton and rows >= SMALLEST_TRITON_ROWS and has_triton() and not is_interpreting():
-        chosen = "triton"
-    else:
-        chosen = "cpu"
+    fits_triton = fits_triton and has_triton() and not is_interpreting()
+    chosen = automatic(tensor.dtype, tensor.device, rows=rows, fits_triton=fits_triton)
     _say_once(operator, chosen, str(tensor.dtype), tensor.device.type)
     return chosen
+
+
+def automatic(dtype: torch.dtype, device: torch.device, *, rows: int, fits_triton: bool) -> str:
+    """Name what "auto" takes, from the shape alone; the device need not be there.
+
+    Args:
+        dtype: of the computation's result.
+        device: where the operands are.
+        rows: number of query rows (Gaussian) or observations (Pearson).
+        fits_triton: whether the Triton kernels can run and know every option of the call.
+
+    """
+    if dtype == torch.float64:
+        return "reference"
+    return "triton" if device.type == "cuda" and fits_triton and rows >= SMALLEST_TRITON_ROWS else "cpu"
 
 
 def has_triton() -> bool:

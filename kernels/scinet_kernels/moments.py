@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 # Rows that one fp32 product contracts. Equal terms all round the same way, so its relative error grows with them.
 BLOCK_ROWS = 1024
 # Where no product contracts the rows, a block on a GPU may be larger, so that launches do not dominate.
-_GPU_BLOCK_CELLS = 1 << 22
+GPU_BLOCK_CELLS = 1 << 22
 
 
 def has_narrow_products(values: Tensor, backend: str) -> bool:
@@ -116,7 +116,7 @@ def _largest_block(values: Tensor) -> int:
     """Rows of a block where no product contracts them."""
     if values.device.type == "cpu":
         return BLOCK_ROWS  # what fits into a core's cache
-    return max(BLOCK_ROWS, _GPU_BLOCK_CELLS // max(1, values.shape[1]))
+    return max(BLOCK_ROWS, GPU_BLOCK_CELLS // max(1, values.shape[1]))
 
 
 def _masked(values: Tensor, known: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ its spills, shared memory and tensor-core instructions.
 import functools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +122,30 @@ def remember(kernel: str, device: torch.device, dtype: torch.dtype, chosen: Tile
     temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     temporary.rename(path)
     _tuned.cache_clear()
+
+
+@contextmanager
+def trying(kernel: str, device: torch.device, dtype: torch.dtype, candidate: Tile) -> Iterator[None]:
+    """Let :func:`tile` return a candidate meanwhile, in this process only.
+
+    Args:
+        kernel: its name in the table.
+        device: where it runs.
+        dtype: of the inputs.
+        candidate: the tile on trial.
+
+    """
+    key = (kernel, architecture(device), 8 * dtype.itemsize)
+    tuned = _tuned()
+    before = tuned.get(key)
+    tuned[key] = candidate
+    try:
+        yield
+    finally:
+        if before is None:
+            del tuned[key]
+        else:
+            tuned[key] = before
 
 
 @functools.lru_cache

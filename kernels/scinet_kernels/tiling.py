@@ -16,8 +16,10 @@ from torch import Tensor
 
 from scinet_kernels.reference import Pairs, centre_of
 
-# Beyond this a library product gains nothing, and the tile leaves the shared cache.
-_LARGEST_TILE = (512, 2048)
+# Rows and columns of a tile. More columns leave the shared cache; more rows make the products more efficient, but on
+# few rows waste more of the diagonal's mirror image.
+_TILE_ROWS, _TILE_ROWS_OF_MANY, _MANY_ROWS = 256, 512, 4096
+_TILE_COLUMNS = 2048
 
 _buffers = threading.local()
 
@@ -177,8 +179,9 @@ class _Matches:
             return
         self._ids = pairs.query_ids, pairs.key_ids
         ordered, self._order = pairs.key_ids.sort(stable=True)
-        self._starts = torch.searchsorted(ordered, pairs.query_ids)
-        self._counts = torch.searchsorted(ordered, pairs.query_ids, right=True) - self._starts
+        queries = pairs.query_ids.contiguous()
+        self._starts = torch.searchsorted(ordered, queries)
+        self._counts = torch.searchsorted(ordered, queries, right=True) - self._starts
 
     def mask(self, exponents: Tensor, tile: Tile) -> None:
         """Set the exponents of equal ids to -inf."""
@@ -200,11 +203,12 @@ class _Matches:
 def _tile_shape(problem: Problem, width: int, num_tiles: int) -> tuple[int, int]:
     """Return rows and columns of a tile, such that the workspace holds it with its packed operands."""
     budget = problem.workspace_bytes // problem.dtype.itemsize
-    inner, outer = _LARGEST_TILE
-    inner, outer = max(1, min(inner, len(problem.queries))), max(1, min(outer, len(problem.keys)))
+    num_rows, num_columns = len(problem.queries), len(problem.keys)
+    inner = max(1, min(num_rows, _TILE_ROWS if num_rows < _MANY_ROWS else _TILE_ROWS_OF_MANY))
+    outer = max(1, min(num_columns, _TILE_COLUMNS))
     while inner * outer > 1 and num_tiles * inner * outer + (inner + outer) * width > budget:
         inner, outer = (inner, -(-outer // 2)) if outer > inner else (-(-inner // 2), outer)
-    if outer < len(problem.keys):  # a block of rows must not straddle two blocks of columns
+    if outer < num_columns:  # a block of rows must not straddle two blocks of columns
         inner = min(inner, outer)
         outer -= outer % inner
     return inner, outer

@@ -101,7 +101,7 @@ class Network(nn.Module):
         Args:
             inputs: images [N, 3, H, W], or cached features [N, F] of a frozen trunk.
         """
-        features, regions = self._embed(inputs)
+        features, regions = self.embed(inputs)
         text = self.prompter(self.frozen.text)
         if self.label_graph is not None:
             text = self.label_graph(text, self.get_buffer("graph"))
@@ -113,7 +113,12 @@ class Network(nn.Module):
         logits = self.scale * cosine
         return Output(logits if self.bias is None else logits + self.bias.float(), image)
 
-    def _embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the image embeddings [N, D], not normalised, and those of their regions [N, R, D] where there are any.
+
+        Args:
+            inputs: as in :meth:`forward`.
+        """
         tower = self.image if self.image is not None else self.frozen.trunk
         projection = self.projection if self.projection is not None else tower.projection  # type: ignore[union-attr]
         weight = next(projection.parameters(), None)

@@ -190,7 +190,8 @@ _HELP = """
 import contextlib, io, sys
 from scinet import cli
 COMMANDS = [[], ["data"], ["data", "build"], ["data", "build", "scenes"], ["data", "build", "csv"],
-            ["data", "build", "jsonl"], ["train"], ["evaluate"], ["predict"], ["show"], ["compare"]]
+            ["data", "build", "jsonl"], ["train"], ["evaluate"], ["predict"], ["show"], ["compare"],
+            ["bench"], ["bench", "fusion"], ["bench", "step"]]
 for words in COMMANDS:
     sys.argv = ["scinet", *words, "--help"]
     shown = io.StringIO()

@@ -1,0 +1,117 @@
+"""``scinet bench`` as a user types it, on sizes that take seconds; what it measures is no matter of a test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("--sizes", 256, "--width", 8, "--columns", 4, "--repeats", 1, "--threads", 1, "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_bench_fusion_prints_a_table_and_writes_the_same_rows_as_json(scinet: Any, tmp_path: Path) -> None:
+    result = scinet("bench", "fusion", *TINY, "--no-memory", "--json", tmp_path / "rows.json")
+    assert result.status == 0, result.err
+    assert result.err.splitlines() == [
+        "propagate, 256 rows, forward",
+        "propagate, 256 rows, forward + backward",
+        "pearson, 256 rows, forward",
+    ]
+    header, _, *lines = _table(result.out)
+    assert header[:4] == ["operator", "rows", "pass", "contestant"]
+    whole = json.loads((tmp_path / "rows.json").read_text())
+    assert [line[3] for line in lines] == [row["contestant"] for row in whole["rows"]]
+    assert {(line[0], line[2]) for line in lines} == {
+        ("propagate", "forward"),
+        ("propagate", "forward + backward"),
+        ("pearson", "forward"),
+    }
+    assert whole["environment"]["threads"] == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_bench_fusion_measures_memory_in_processes_of_its_own(scinet: Any) -> None:
+    result = scinet("bench", "fusion", "--op", "pearson", *TINY)
+    assert result.status == 0, result.err
+    assert all(float(line[6]) >= 0 for line in _table(result.out)[2:])
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--sizes", "4x"), ["--sizes", "'4x'", "256", "1k"]),
+        (("--sizes", "0"), ["--sizes", "'0'", "256"]),
+        (("--sizes", "1k,,4k"), ["--sizes", "''"]),
+        (("--sizes", "1000000000k"), ["--sizes", "GiB", "fewer rows"]),
+        (("--json", "nowhere/rows.json"), ["--json", "nowhere", "does not exist"]),
+    ],
+)
+def test_bench_fusion_refuses_in_one_sentence(scinet: Any, words: tuple[str, ...], names: list[str]) -> None:
+    result = scinet("bench", "fusion", *words)
+    assert result.status == 2
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ")
+    assert all(name in line for name in names), line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("words", [("--tune",), ("--device", "cuda")])
+def test_bench_fusion_says_when_a_gpu_is_needed(scinet: Any, words: tuple[str, ...]) -> None:
+    result = scinet("bench", "fusion", *words)
+    assert result.status == 2
+    (line,) = result.err.splitlines()
+    assert words[0] in line
+    assert "GPU" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("data.cache_features=false", "model.freeze_image=false")])
+def test_bench_step_prints_the_shares(scinet: Any, scenes: Path, overrides: tuple[str, ...]) -> None:
+    words = ("--config", ROOT / "configs/quickstart.yaml", f"data.path={scenes}", "model.image_size=64", *overrides)
+    sizes = ("--batch", 64, "--bank", 256, "--images", 2, "--repeats", 1, "--threads", 1)
+    result = scinet("bench", "step", *words, *sizes)
+    assert result.status == 0, result.err
+    header, _, *lines = _table(result.out)
+    assert header == ["part", "seconds", "share"]
+    assert [line[0].partition(":")[0] for line in lines] == [
+        "fusion",
+        "fusion",
+        "image encoder",
+        "text encoder",
+        "**fusion in all**",
+        *(["**fusion, features cached**"] if not overrides else []),
+    ]
+    shares = [float(line[2].rstrip("%")) for line in lines]
+    assert sum(shares[:4]) == pytest.approx(100, abs=0.3)
+    assert shares[4] == pytest.approx(shares[0] + shares[1], abs=0.2)
+    assert "2 images a view and scaled linearly to 64 samples" in result.out
+    assert shares[-1] >= shares[4]
+    assert ("cached features spare" in result.out) == (not overrides)
+
+
+@pytest.mark.parametrize("override", ["method=bce", "fusion.enabled=false", "model.image_size=sixty"])
+def test_bench_step_refuses_what_has_no_fusion_to_time(scinet: Any, override: str) -> None:
+    result = scinet("bench", "step", "--config", ROOT / "configs/quickstart.yaml", override)
+    assert result.status == 2
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ")
+    assert override.partition("=")[0].rpartition(".")[2] in line
