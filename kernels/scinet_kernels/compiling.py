@@ -37,6 +37,7 @@ _MATRIX = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "g
 _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 _VARIANTS = {
     "gaussian_forward": ("forward", "forward_bounded"),
+    "gaussian_forward_held": ("held_forward", "held_forward_bounded"),
     "gaussian_panel": ("panel",),
     "pearson": ("moments",),
 }

@@ -24,19 +24,22 @@ _LN_2 = 0.6931471805599453
 
 @triton.jit
 def _exponents(
-    x_ptr, y_ptr, x_norm, y_norm, rate, log_w_ptr, query_id, key_id_ptr,
+    held, x_ptr, y_ptr, x_norm, y_norm, rate, log_w_ptr, query_id, key_id_ptr,
     row, column, is_row, is_column, D, stride_xb, stride_xd, stride_ym, stride_yd, radius_squared, self_offset,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_SELF: tl.constexpr, EXCLUDES_SELF: tl.constexpr, HAS_IDS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_RADIUS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RADIUS: tl.constexpr, HOLDS_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Exponents to base 2 of a tile, -inf where a pair does not count."""
+    """Exponents to base 2 of a tile, -inf where a pair does not count; `held` are whole query rows, or not read."""
     product = tl.zeros((BLOCK_B, BLOCK_M), dtype=tl.float32)
     x_row = x_ptr + row.to(tl.int64)[:, None] * stride_xb
     y_row = y_ptr + column.to(tl.int64)[None, :] * stride_ym
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, BLOCK_D if HOLDS_QUERIES else D, BLOCK_D):
         inner = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_row + inner[None, :] * stride_xd, mask=is_row[:, None] & (inner < D)[None, :], other=0.0)
+        if HOLDS_QUERIES:
+            x = held
+        else:
+            x = tl.load(x_row + inner[None, :] * stride_xd, mask=is_row[:, None] & (inner < D)[None, :], other=0.0)
         y = tl.load(y_row + inner[:, None] * stride_yd, mask=is_column[None, :] & (inner < D)[:, None], other=0.0)
         product = tl.dot(x, y, product, input_precision=PRECISION)
     squared = tl.maximum(x_norm[:, None] + y_norm[None, :] - 2 * product, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -64,9 +67,13 @@ def _forward_kernel(
     radius_squared, self_offset,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     HAS_SELF: tl.constexpr, EXCLUDES_SELF: tl.constexpr, HAS_IDS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_RADIUS: tl.constexpr, IS_BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_RADIUS: tl.constexpr, IS_BOUNDED: tl.constexpr, HOLDS_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Propagate a block of query rows; the first block of value columns also writes the mass."""
+    """Propagate a block of query rows; the first block of value columns also writes the mass.
+
+    Where BLOCK_D takes a whole row, HOLDS_QUERIES keeps the query rows in shared memory instead of reading them again
+    for every block of keys, which is the larger part of the traffic.
+    """
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     value = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_row, is_value = row < B, value < C
@@ -75,6 +82,14 @@ def _forward_kernel(
     query_id = row.to(tl.int64)
     if HAS_IDS:
         query_id = tl.load(query_id_ptr + row, mask=is_row, other=0)
+    held = x_norm
+    if HOLDS_QUERIES:
+        inner = tl.arange(0, BLOCK_D)
+        held = tl.load(
+            x_ptr + row.to(tl.int64)[:, None] * stride_xb + inner[None, :] * stride_xd,
+            mask=is_row[:, None] & (inner < D)[None, :],
+            other=0.0,
+        )
     largest = tl.full((BLOCK_B,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((BLOCK_B,), dtype=tl.float32)
     total = tl.zeros((BLOCK_B, BLOCK_C), dtype=tl.float32)
@@ -83,9 +98,10 @@ def _forward_kernel(
         is_column = column < M
         y_norm = tl.load(y_norm_ptr + column, mask=is_column, other=0.0)
         exponent, _ = _exponents(
-            x_ptr, y_ptr, x_norm, y_norm, rate, log_w_ptr, query_id, key_id_ptr,
+            held, x_ptr, y_ptr, x_norm, y_norm, rate, log_w_ptr, query_id, key_id_ptr,
             row, column, is_row, is_column, D, stride_xb, stride_xd, stride_ym, stride_yd, radius_squared, self_offset,
-            BLOCK_B, BLOCK_M, BLOCK_D, HAS_SELF, EXCLUDES_SELF, HAS_IDS, HAS_WEIGHTS, HAS_RADIUS, PRECISION,
+            BLOCK_B, BLOCK_M, BLOCK_D, HAS_SELF, EXCLUDES_SELF, HAS_IDS, HAS_WEIGHTS, HAS_RADIUS,
+            HOLDS_QUERIES, PRECISION,
         )  # fmt: skip
         c = tl.load(
             c_ptr + column.to(tl.int64)[:, None] * stride_cm + value[None, :] * stride_cc,
@@ -140,9 +156,10 @@ def _panel_kernel(
     if HAS_IDS:
         query_id = tl.load(query_id_ptr + row, mask=is_row, other=0)
     exponent, own = _exponents(
-        x_ptr, y_ptr, x_norm, y_norm, rate, log_w_ptr, query_id, key_id_ptr,
+        x_norm, x_ptr, y_ptr, x_norm, y_norm, rate, log_w_ptr, query_id, key_id_ptr,
         row, column, is_row, is_column, D, stride_xb, stride_xd, stride_ym, stride_yd, radius_squared, self_offset,
-        BLOCK_B, BLOCK_M, BLOCK_D, HAS_SELF, EXCLUDES_SELF, HAS_IDS, HAS_WEIGHTS, HAS_RADIUS, PRECISION,
+        BLOCK_B, BLOCK_M, BLOCK_D, HAS_SELF, EXCLUDES_SELF, HAS_IDS, HAS_WEIGHTS, HAS_RADIUS,
+        False, PRECISION,
     )  # fmt: skip
     log_mass = tl.load(log_mass_ptr + row, mask=is_row, other=0.0)
     weight = tl.exp2(exponent - tl.where(log_mass == float("-inf"), 0.0, log_mass)[:, None])
@@ -269,7 +286,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         has_own = problem.self_offset is not None and not pairs.exclude_self and pairs.query_ids is None
         arguments, flags = _shared_arguments(problem, operands, slice(0, num_rows))
         flags["IS_BOUNDED"] = has_own and operands.log_weights is None
-        tile = tiles.tile("gaussian_forward", values.device, operands.queries.dtype)
+        kernel = tiles.forward_kernel(values.device, operands.queries.dtype, operands.queries.shape[1])
+        flags["HOLDS_QUERIES"] = kernel == "gaussian_forward_held"
+        tile = tiles.tile(kernel, values.device, operands.queries.dtype)
         grid = (triton.cdiv(num_rows, tile.rows), max(1, triton.cdiv(values.shape[1], tile.values)))
         _forward_kernel[grid](
             **arguments, **flags, **_blocks(tile), c_ptr=values, out_ptr=result, log_mass_ptr=log_mass,
@@ -319,18 +338,19 @@ def ahead_of_time(variant: str, tile: Tile, dtype: torch.dtype, *, is_amd: bool)
     """Describe a kernel for compilation without a GPU, with the flags and alignments of the training step.
 
     Args:
-        variant: "forward" (separate keys, ids), "forward_bounded" (the queries are the keys) or "panel".
+        variant: "forward" (separate keys, ids), "forward_bounded" (the queries are the keys) or "panel"; "held" stands
+            before the name of a forward that keeps its query rows.
         tile: sizes.
         dtype: of rows and values.
         is_amd: for AMD, where fp32 products have an instruction of their own.
 
     """
     kernel = _panel_kernel if variant == "panel" else _forward_kernel
-    is_self = variant == "forward_bounded"
+    is_self, holds_queries = variant.endswith("bounded"), variant.startswith("held")
     constants: dict[str, Any] = dict.fromkeys(_UNIT_STRIDES, 1) | _blocks(tile)
     constants |= {"HAS_SELF": is_self, "EXCLUDES_SELF": False, "HAS_IDS": not is_self, "HAS_WEIGHTS": False}
     constants |= {"HAS_RADIUS": False, "PRECISION": "ieee" if is_amd else "tf32x3"}
-    constants |= {"IS_BOUNDED": is_self, "STORES_WEIGHT": False}
+    constants |= {"HOLDS_QUERIES": holds_queries, "IS_BOUNDED": is_self, "STORES_WEIGHT": False}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:

@@ -49,6 +49,9 @@ TABLE: dict[tuple[str, str, int], Tile] = {
     ("gaussian_forward", "sm_100", 32): Tile(64, 64, 32, 128, num_warps=8, num_stages=2),
     ("gaussian_forward", "gfx942", 16): Tile(128, 64, 32, 128, num_warps=8, num_stages=2),
     ("gaussian_forward", "gfx942", 32): Tile(64, 64, 32, 128, num_warps=8, num_stages=2),
+    # whole query rows stay in shared memory: 200 KiB, which only these have
+    ("gaussian_forward_held", "sm_90", 16): Tile(128, 32, 512, 128, num_warps=8, num_stages=2),
+    ("gaussian_forward_held", "sm_100", 16): Tile(128, 32, 512, 128, num_warps=8, num_stages=2),
     ("gaussian_panel", "sm_80", 16): Tile(128, 128, 64, 64, num_warps=8, num_stages=3),
     ("gaussian_panel", "sm_80", 32): Tile(64, 64, 16, 32, num_warps=8, num_stages=2),
     ("gaussian_panel", "sm_90", 16): Tile(128, 128, 64, 64, num_warps=8, num_stages=3),
@@ -96,6 +99,19 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
     """
     key = (kernel, architecture(device), 8 * dtype.itemsize)
     return _tuned().get(key) or TABLE[key]
+
+
+def forward_kernel(device: torch.device, dtype: torch.dtype, width: int) -> str:
+    """Return the name of the Gaussian forward that fits: the one that holds whole query rows, where they are narrow.
+
+    Args:
+        device: where it runs.
+        dtype: of the inputs.
+        width: D.
+
+    """
+    held = TABLE.get(("gaussian_forward_held", architecture(device), 8 * dtype.itemsize))
+    return "gaussian_forward_held" if held is not None and width <= held.inner else "gaussian_forward"
 
 
 def cache_path() -> Path:

@@ -22,12 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edges of tiles are met at sizes that the interpreter can do in time."""
+@pytest.fixture(params=["streamed", "held"])
+def small_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Edges of tiles are met at sizes that the interpreter can do in time; query rows read again, or held."""
     small = Tile(rows=16, columns=16, inner=16, values=16, num_warps=4, num_stages=2)
     for key in list(tiles.TABLE):
         monkeypatch.setitem(tiles.TABLE, key, small)
+    if request.param == "held":
+        for bits in (16, 32):
+            held = Tile(rows=16, columns=16, inner=64, values=16, num_warps=4, num_stages=2)
+            monkeypatch.setitem(tiles.TABLE, ("gaussian_forward_held", tiles.ARCHITECTURES[0], bits), held)
 
 
 def amid_infinities(tensor: Tensor, *, margin: int, transposed: bool) -> Tensor:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("small_tiles")]
 # what numpy says of inf - inf, where a read past an edge is masked out of the result
 WITHIN_BOUNDS = pytest.mark.filterwarnings("error::RuntimeWarning")
 MODEST = settings(
-    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 SIZES = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33])
 WIDTHS = st.sampled_from([1, 3, 16, 17, 33])
