@@ -84,6 +84,8 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:  # newer than sm_100, with half its shared memory
+        return ARCHITECTURES[0]
     older = [name for name in ARCHITECTURES if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
     return older[-1] if older else ARCHITECTURES[0]
 
