@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -106,7 +107,7 @@ def expand(plan: Plan) -> Iterator[Cell]:
 
 def _run(cells: list[Cell], folder: Path, jobs: int, voice: Voice) -> Iterator[tuple[int, dict[str, Any]]]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(run_cell, cell.options, folder): number for number, cell in enumerate(cells)}
         for done, future in enumerate(as_completed(futures), start=1):
             number = futures[future]
@@ -117,11 +118,20 @@ def _run(cells: list[Cell], folder: Path, jobs: int, voice: Voice) -> Iterator[t
             yield number, result
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the command is killed: it would train its queued cells for nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _materials: dict[str, Any] = {}
