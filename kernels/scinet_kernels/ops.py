@@ -19,11 +19,10 @@ from scinet_kernels.tiling import Problem
 
 
 class _Call(NamedTuple):
-    """A checked call: its operands, gathered from all ranks, and the implementation that will run."""
+    """A checked call: its operands, gathered from all ranks, and what to run them by."""
 
-    problem: Problem
+    arguments: Arguments
     neighbours: int | None
-    backend: str
     wide: torch.dtype
 
 
@@ -79,20 +78,29 @@ def _prepare(
         gathered, offset = sharded.gather_rows([all_keys, values, all_key_ids, key_weights], group)
         assert gathered[0] is not None
         all_keys, values, all_key_ids, key_weights = gathered[0], *gathered[1:]
-    self_offset = offset if keys is None else None
-    pairs = Pairs(own_rows(queries, self_offset), exclude_self, query_ids, all_key_ids, radius, None, key_weights)
-    vector = _as_vector(bandwidth, queries)
-    problem = Problem(queries, all_keys, values, vector, pairs, self_offset, workspace_bytes)
     if neighbours is not None and neighbours >= len(all_keys):
         neighbours = None
     probe = queries.new_empty(0, dtype=_promoted(queries, all_keys, values))
-    chosen = dispatch.choose(operator, backend, probe, rows=len(queries), fits_triton=neighbours is None)
-    return _Call(problem, neighbours, chosen, _promoted(values))
+    arguments = Arguments(
+        queries=queries,
+        keys=None if all_keys is queries else all_keys,
+        values=values,
+        bandwidth=_as_vector(bandwidth, queries),
+        key_weights=key_weights,
+        query_ids=query_ids,
+        key_ids=all_key_ids,
+        self_offset=offset if keys is None else None,
+        exclude_self=exclude_self,
+        radius=radius,
+        backend=dispatch.choose(operator, backend, probe, rows=len(queries), fits_triton=neighbours is None),
+        workspace_bytes=workspace_bytes,
+    )
+    return _Call(arguments, neighbours, _promoted(values))
 
 
 def _run_reference(call: _Call) -> Tensor:
     """Return the result [B, C], or without values the log mass [B], by the definition."""
-    problem = call.problem
+    problem = call.arguments.problem()
     queries, keys = problem.queries.to(problem.dtype), problem.keys.to(problem.dtype)
     bandwidth = problem.bandwidth.expand(len(queries))
     pairs = replace(problem.pairs, neighbours=call.neighbours)
@@ -100,26 +108,6 @@ def _run_reference(call: _Call) -> Tensor:
         return reference.mass(queries, keys, bandwidth, pairs, problem.workspace_bytes)
     values = problem.values.to(call.wide)
     return reference.propagate(queries, keys, values, bandwidth, pairs, problem.workspace_bytes)
-
-
-def _run(call: _Call) -> tuple[Tensor, Tensor]:
-    """Return result [B, C] and log mass [B] by the blocked or the Triton path."""
-    problem, pairs = call.problem, call.problem.pairs
-    arguments = Arguments(
-        queries=problem.queries,
-        keys=None if problem.keys is problem.queries else problem.keys,
-        values=problem.values,
-        bandwidth=problem.bandwidth,
-        key_weights=pairs.key_weights,
-        query_ids=pairs.query_ids,
-        key_ids=pairs.key_ids,
-        self_offset=problem.self_offset,
-        exclude_self=pairs.exclude_self,
-        radius=pairs.radius,
-        backend=call.backend,
-        workspace_bytes=problem.workspace_bytes,
-    )
-    return gaussian(arguments)
 
 
 def gaussian_propagate(
@@ -143,7 +131,7 @@ def gaussian_propagate(
     `P_i = sum_j w_j S_ij c_j / sum_j w_j S_ij`, `S_ij = exp(-|x_i - y_j|^2 / (2 s_i^2))`.
 
     Args:
-        queries: [B, D] floating point; fp16 and bf16 are computed in fp32. NaN and Inf propagate.
+        queries: [B, D] floating point; fp16 and bf16 are accumulated in fp32. NaN and Inf propagate.
         values: [M, C] floating point, one row per key.
         bandwidth: s > 0, a float, or a floating-point tensor [] or [B] (whose values are not checked).
         keys: [M, D], or None: the queries themselves.
@@ -189,11 +177,11 @@ def gaussian_propagate(
         group=group,
     )
     with _full_precision(queries):
-        if call.backend == "reference":
+        if call.arguments.backend == "reference":
             return _run_reference(call)
         if call.neighbours is not None:
-            return neighbour_search.propagate(call.problem, call.neighbours)
-        return _run(call)[0].to(call.wide)
+            return neighbour_search.propagate(call.arguments.problem(), call.neighbours)
+        return gaussian(call.arguments)[0].to(call.wide)
 
 
 def gaussian_mass(
@@ -254,11 +242,11 @@ def gaussian_mass(
         group=group,
     )
     with _full_precision(queries):
-        if call.backend == "reference":
+        if call.arguments.backend == "reference":
             return _run_reference(call)
         if call.neighbours is not None:
-            return neighbour_search.mass(call.problem, call.neighbours)
-        return _run(call)[1]
+            return neighbour_search.mass(call.arguments.problem(), call.neighbours)
+        return gaussian(call.arguments)[1]
 
 
 def gaussian_similarity(queries: Tensor, keys: Tensor, *, bandwidth: float | Tensor) -> Tensor:

@@ -215,11 +215,17 @@ def _tile_shape(problem: Problem, width: int, num_tiles: int) -> tuple[int, int]
 
 
 def _carve(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Cut pieces out of a buffer that this thread keeps: on small sizes fresh memory costs more than the arithmetic."""
-    kept: dict[tuple[torch.dtype, torch.device], Tensor] = _buffers.__dict__.setdefault("kept", {})
+    """Cut pieces out of one buffer; on a CPU this thread keeps it, since fresh memory costs more than small products.
+
+    A GPU's allocator keeps freed memory itself, and knows which stream still uses it.
+    """
     padded = [-(-size // 16) * 16 for size in sizes]  # 64 bytes, so that every piece is aligned
-    buffer = kept.get((dtype, device))
+    kept: dict[torch.dtype, Tensor] = _buffers.__dict__.setdefault("kept", {})
+    buffer = kept.get(dtype) if device.type == "cpu" else None
     if buffer is None or buffer.numel() < sum(padded):
-        buffer = kept[dtype, device] = torch.empty(sum(padded), dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a buffer made within could not be written outside
+            buffer = torch.empty(sum(padded), dtype=dtype, device=device)
+    if device.type == "cpu":
+        kept[dtype] = buffer
     pieces = torch.split(buffer[: sum(padded)], padded)
     return [piece[:size] for piece, size in zip(pieces, sizes, strict=True)]

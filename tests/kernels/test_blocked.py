@@ -228,6 +228,15 @@ def test_repeated_runs_are_bitwise_equal() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+def test_a_call_within_inference_mode_leaves_later_ones_alone() -> None:
+    program = (
+        "import torch, scinet_kernels as k; x = torch.ones(4, 2); m = torch.inference_mode(); m.__enter__(); "
+        "k.gaussian_propagate(x, x, bandwidth=1.0); m.__exit__(None, None, None); "
+        "k.gaussian_propagate(x, x, bandwidth=1.0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize("with_keys", [True, False])
 def test_the_operator_obeys_torch_library(with_keys: bool) -> None:
     x, values = rows(0, 9, 4).requires_grad_(), rows(1, 9, 3).requires_grad_()
