@@ -3,8 +3,8 @@
 Shapes: B queries, M keys, D embedding, C classes (columns of the values); a tile is [b, m].
 
 A tile costs one library product for the exponents, one `exp` in place, one product with the values `v = w [c, 1]`,
-whose last column sums the weights. Where S is symmetric each tile serves both of its triangles.
-Formulas: kernels.md section 2; tiles: `tiling.py`; gradients: `blocked_backward.py`.
+whose last column sums the weights. Where S is symmetric each tile serves both of its triangles. On a CPU the tiles run
+in C. Formulas: kernels.md section 2; tiles: `compiled_tiles.py`, `tiling.py`; gradients: `blocked_backward.py`.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scinet_kernels import compiled_tiles
 from scinet_kernels.tiling import Problem, Walk
 from scinet_kernels.underflow import recompute, underflown
 
@@ -59,11 +60,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """
     values = weighted_values(problem)
     sums = values.columns.new_zeros(len(problem.queries), values.columns.shape[1])
-    for tile, _, _, exponents in Walk(problem, num_tiles=1):
-        weights = exponents.exp_().to(sums.dtype)
-        sums[tile.rows].addmm_(weights, values.columns[tile.columns])
-        if tile.mirror < tile.column_end:
-            sums[tile.mirrored].addmm_(weights[:, tile.mirror - tile.first :].T, values.columns[tile.rows])
+    if compiled_tiles.runs(problem, values.columns):
+        compiled_tiles.propagate(problem, values.columns, values.weights, sums)
+    else:
+        _propagate(problem, values.columns, sums)
     mass = sums[:, -1].clone()
     result = (sums[:, :-1] / mass[:, None]).add_(values.mean)
     log_mass = (mass * values.largest_weight).log().to(problem.dtype)
@@ -73,3 +73,11 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         for some, part, log_part in recompute(problem, rows, whole.to(result.dtype)):
             result[some], log_mass[some] = part, log_part
     return result, log_mass, mass
+
+
+def _propagate(problem: Problem, values: Tensor, sums: Tensor) -> None:
+    for tile, _, _, exponents in Walk(problem, num_tiles=1):
+        weights = exponents.exp_().to(sums.dtype)
+        sums[tile.rows].addmm_(weights, values[tile.columns])
+        if tile.mirror < tile.column_end:
+            sums[tile.mirrored].addmm_(weights[:, tile.mirror - tile.first :].T, values[tile.rows])

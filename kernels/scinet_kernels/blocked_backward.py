@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scinet_kernels import compiled_tiles
 from scinet_kernels.blocked import Values, weighted_values
-from scinet_kernels.tiling import Problem, Tile, Walk
+from scinet_kernels.tiling import Frame, Problem, Pull, Sums, Tile, Walk, frame_of
 from scinet_kernels.underflow import PanelGradients, differentiate, underflown
 
 _ROWS_AT_ONCE = 2048
@@ -44,23 +45,6 @@ class Gradients(NamedTuple):
     key_weights: Tensor | None
 
 
-class _Pull:
-    """`sum_j T_ij y_j` and `sum_j T_ij` of each row, which together make `sum_j T_ij (y_j - x_i)`."""
-
-    def __init__(self, points: Tensor, dtype: torch.dtype) -> None:
-        self.towards = torch.zeros(points.shape, dtype=dtype, device=points.device)
-        self.total = torch.zeros(len(points), dtype=dtype, device=points.device)
-
-    def finish(self, points: Tensor, centre: Tensor, unit: Tensor | float, factor: Tensor | None) -> Tensor:
-        """Return `factor (towards - unit (x - centre) total)`, written over `towards`."""
-        for rows in _blocks(len(points)):
-            towards = self.towards[rows]
-            towards.sub_((points[rows] - centre).mul_(unit).mul_(self.total[rows, None]))
-            if factor is not None:
-                towards.mul_(factor if factor.numel() == 1 else factor[rows, None])
-        return self.towards
-
-
 def backward(
     problem: Problem, result: Tensor, mass: Tensor, grad_result: Tensor, grad_log_mass: Tensor, needs: Needs
 ) -> Gradients:
@@ -79,8 +63,16 @@ def backward(
     rows = underflown(mass)
     signal = _signal(values, result, mass, grad_result, grad_log_mass)
     signal[rows] = 0
-    differentiated = _symmetric if problem.is_symmetric else _rectangular
-    gradients = differentiated(problem, values, signal, needs)
+    frame = frame_of(problem)
+    sums = _no_sums(problem, signal, needs)
+    if compiled_tiles.runs(problem, signal):
+        compiled_tiles.differentiate(
+            problem, frame, values.columns, values.weights, signal, sums,
+            received_columns=signal.shape[1] - (not needs.key_weights),
+        )  # fmt: skip
+    else:
+        (_symmetric if problem.is_symmetric else _rectangular)(problem, values.columns, signal, sums)
+    gradients = _finish(problem, frame, values, sums, needs)
     if len(rows):
         whole = values.columns[:, :0] if problem.values is None else problem.values.to(values.columns.dtype)
         for part in differentiate(problem, rows, whole, grad_result, grad_log_mass):
@@ -96,83 +88,73 @@ def _signal(values: Values, result: Tensor, mass: Tensor, grad_result: Tensor, g
     return signal
 
 
-def _symmetric(problem: Problem, values: Values, signal: Tensor, needs: Needs) -> Gradients:
+def _no_sums(problem: Problem, signal: Tensor, needs: Needs) -> Sums:
+    """Return zeros for every sum that the wanted gradients need."""
+    is_self, dtype = problem.queries is problem.keys, problem.dtype
+    needs_rows, needs_columns = needs.queries or needs.bandwidth, needs.keys or (is_self and needs.queries)
+
+    def pull(points: Tensor) -> Pull:
+        return Pull(
+            torch.zeros(points.shape, dtype=dtype, device=points.device), signal.new_zeros(len(points), dtype=dtype)
+        )
+
+    return Sums(
+        received=signal.new_zeros(len(problem.keys), signal.shape[1]) if needs.values or needs.key_weights else None,
+        rows=pull(problem.queries) if needs_rows else None,
+        columns=pull(problem.keys) if needs_columns and not problem.is_symmetric else None,
+        spread=signal.new_zeros(len(signal), dtype=dtype) if needs.bandwidth and not problem.is_symmetric else None,
+    )
+
+
+def _symmetric(problem: Problem, values: Tensor, signal: Tensor, sums: Sums) -> None:
     """One exponential for both directions: `A_ij = S_ij (<signal_i, v_j> + <v_i, signal_j>)` pulls i to j, j to i."""
-    columns, points = values.columns, problem.queries
-    needs_pull, needs_values = needs.queries or needs.bandwidth, needs.values or needs.key_weights
-    walk = Walk(problem, num_tiles=1 + needs_pull)
-    pull = _Pull(points if needs_pull else points[:0], problem.dtype)
-    received = torch.zeros_like(signal)
-    width = points.shape[1]
+    pull, received = sums.rows, sums.received
+    walk = Walk(problem, num_tiles=1 + (pull is not None))
+    width = problem.queries.shape[1]
     for tile, left, right, exponents in walk:
         weights = exponents.exp_()
         mirror, has_mirror = tile.mirror - tile.first, tile.mirror < tile.column_end
-        if needs_values:
+        if received is not None:
             wide = weights.to(signal.dtype)
             received[tile.rows].addmm_(wide, signal[tile.columns])
             if has_mirror:
                 received[tile.mirrored].addmm_(wide[:, mirror:].T, signal[tile.rows])
-        if not needs_pull:
+        if pull is None:
             continue
-        left_worth = torch.cat([signal[tile.rows], columns[tile.rows]], 1).to(weights.dtype)
-        right_worth = torch.cat([columns[tile.columns], signal[tile.columns]], 1).to(weights.dtype)
+        left_worth = torch.cat([signal[tile.rows], values[tile.rows]], 1).to(weights.dtype)
+        right_worth = torch.cat([values[tile.columns], signal[tile.columns]], 1).to(weights.dtype)
         weights.mul_(torch.mm(left_worth, right_worth.T, out=walk.buffer(1, tile)))
+        walk.scale_rows(weights, tile.rows)
         _leave_out_self(walk, weights, tile)
         pull.towards[tile.rows].addmm_(weights, right[:, :width])
         pull.total[tile.rows] += weights.sum(1)
         if has_mirror:
             pull.towards[tile.mirrored].addmm_(weights[:, mirror:].T, left[:, :width])
             pull.total[tile.mirrored] += weights[:, mirror:].sum(0)
-    of_values, of_weights = _of_values(problem, values, received, needs)
-    if not needs_pull:
-        return Gradients(None, None, of_values, None, of_weights)
-    unit = walk.inverse if walk.scales_operands else 1.0
-    factor = walk.inverse if walk.scales_operands else walk.inverse.square()
-    of_points = pull.finish(points, walk.centre, unit, factor)
-    of_bandwidth = None
-    if needs.bandwidth:  # Euler: the result depends on x / s alone
-        products = [torch.tensordot(points[rows] - walk.centre, of_points[rows]) for rows in _blocks(len(points))]
-        of_bandwidth = -walk.inverse * torch.stack([*products, walk.inverse.new_zeros(())]).sum()
-    return Gradients(of_points, None, of_values, of_bandwidth, of_weights)
 
 
-def _rectangular(problem: Problem, values: Values, signal: Tensor, needs: Needs) -> Gradients:
-    columns, width, dtype = values.columns, problem.queries.shape[1], problem.dtype
-    is_self = problem.queries is problem.keys
-    needs_queries, needs_keys = needs.queries or needs.bandwidth, needs.keys or (is_self and needs.queries)
-    needs_values, needs_worth = needs.values or needs.key_weights, needs_queries or needs_keys
+def _rectangular(problem: Problem, values: Tensor, signal: Tensor, sums: Sums) -> None:
+    needs_worth = sums.rows is not None or sums.columns is not None
     walk = Walk(problem, num_tiles=1 + needs_worth)
-    of_rows = _Pull(problem.queries if needs_queries else problem.queries[:0], dtype)
-    of_columns = _Pull(problem.keys if needs_keys else problem.keys[:0], dtype)
-    spread = signal.new_zeros(len(signal), dtype=dtype)  # sum_j T_ij |y_j|^2
-    received = signal.new_zeros(len(columns), columns.shape[1])
+    width, dtype = problem.queries.shape[1], problem.dtype
     for tile, left, right, exponents in walk:
         weights = exponents.exp_()
-        if needs_values:
-            received[tile.columns].addmm_(weights.to(signal.dtype).T, signal[tile.rows])
+        if sums.received is not None:
+            sums.received[tile.columns].addmm_(weights.to(signal.dtype).T, signal[tile.rows])
         if not needs_worth:
             continue
         worth = walk.buffer(1, tile)
-        weights.mul_(torch.mm(signal[tile.rows].to(dtype), columns[tile.columns].to(dtype).T, out=worth))
+        weights.mul_(torch.mm(signal[tile.rows].to(dtype), values[tile.columns].to(dtype).T, out=worth))
+        walk.scale_rows(weights, tile.rows)
         _leave_out_self(walk, weights, tile)
-        if needs_queries:
-            of_rows.towards[tile.rows].addmm_(weights, right[:, :width])
-            of_rows.total[tile.rows] += weights.sum(1)
-        if needs.bandwidth:
-            spread[tile.rows].addmv_(weights, right[:, width + 1], alpha=-2)
-        if needs_keys:
-            if not walk.scales_operands:
-                walk.scale_rows(weights, tile.rows)
-            of_columns.towards[tile.columns].addmm_(weights.T, left[:, :width])
-            of_columns.total[tile.columns].addmv_(weights.T, left[:, width + 1])
-    of_values, of_weights = _of_values(problem, values, received, needs)
-    of_bandwidth = _of_bandwidth(problem, walk, of_rows, spread) if needs.bandwidth else None
-    square = walk.inverse.square()
-    queries = of_rows.finish(problem.queries, walk.centre, 1.0, square) if needs_queries else None
-    keys = of_columns.finish(problem.keys, walk.centre, 1.0, None) if needs_keys else None
-    if is_self and queries is not None and keys is not None:
-        queries, keys = queries.add_(keys), None
-    return Gradients(queries, keys, of_values, of_bandwidth, of_weights)
+        if sums.rows is not None:
+            sums.rows.towards[tile.rows].addmm_(weights, right[:, :width])
+            sums.rows.total[tile.rows] += weights.sum(1)
+        if sums.spread is not None:
+            sums.spread[tile.rows].addmv_(weights, right[:, width + 1], alpha=-2)
+        if sums.columns is not None:
+            sums.columns.towards[tile.columns].addmm_(weights.T, left[:, :width])
+            sums.columns.total[tile.columns] += weights.sum(0)
 
 
 def _leave_out_self(walk: Walk, weights: Tensor, tile: Tile) -> None:
@@ -182,20 +164,49 @@ def _leave_out_self(walk: Walk, weights: Tensor, tile: Tile) -> None:
         own.zero_()
 
 
-def _of_bandwidth(problem: Problem, walk: Walk, pull: _Pull, spread: Tensor) -> Tensor:
+def _finish(problem: Problem, frame: Frame, values: Values, sums: Sums, needs: Needs) -> Gradients:
+    """Turn the sums into gradients, in place."""
+    of_values, of_weights = _of_values(problem, values, sums.received, needs)
+    of_bandwidth = None
+    if sums.rows is not None and sums.spread is not None:
+        of_bandwidth = _of_bandwidth(problem, frame, sums.rows, sums.spread)
+    queries = None if sums.rows is None else _pulled(sums.rows, problem.queries, frame)
+    keys = None if sums.columns is None else _pulled(sums.columns, problem.keys, frame)
+    if problem.is_symmetric and needs.bandwidth and queries is not None:  # Euler: the result depends on x / s alone
+        points = problem.queries
+        products = [torch.tensordot(points[rows] - frame.centre, queries[rows]) for rows in _blocks(len(points))]
+        of_bandwidth = -frame.inverse * torch.stack([*products, frame.inverse.new_zeros(())]).sum()
+    if problem.queries is problem.keys and queries is not None and keys is not None:
+        queries, keys = queries.add_(keys), None
+    return Gradients(queries, keys, of_values, of_bandwidth, of_weights)
+
+
+def _pulled(pull: Pull, points: Tensor, frame: Frame) -> Tensor:
+    """Return the gradient of the points, written over `pull.towards`."""
+    for rows in _blocks(len(points)):
+        towards = pull.towards[rows]
+        towards.sub_(frame.measured(points[rows]).mul_(pull.total[rows, None])).mul_(frame.unit)
+    return pull.towards
+
+
+def _of_bandwidth(problem: Problem, frame: Frame, pull: Pull, spread: Tensor) -> Tensor:
     """Return `ds_i`, from `|x - y|^2 = |x|^2 - 2 x y + |y|^2`; summed where all rows share one bandwidth."""
     parts = []
     for rows in _blocks(len(problem.queries)):
-        points = problem.queries[rows] - walk.centre
+        points = frame.measured(problem.queries[rows])
         norms, products = torch.linalg.vecdot(points, points), torch.linalg.vecdot(points, pull.towards[rows])
         parts.append(norms * pull.total[rows] - 2 * products + spread[rows])
     worth = torch.cat([*parts, spread[:0]])
-    return walk.inverse.pow(3) * (worth.sum().reshape(1) if walk.inverse.numel() == 1 else worth)
+    return frame.inverse * (worth.sum().reshape(1) if frame.inverse.numel() == 1 else worth)
 
 
-def _of_values(problem: Problem, values: Values, received: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+def _of_values(
+    problem: Problem, values: Values, received: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of values and key weights from what the keys received, [M, C + 1]."""
     of_values = of_weights = None
+    if received is None:
+        return None, None
     if needs.key_weights and values.weights is not None:
         cells = received.new_zeros(len(received), 0) if problem.values is None else problem.values - values.mean
         worth = torch.linalg.vecdot(cells.to(received.dtype), received[:, :-1]) + received[:, -1]

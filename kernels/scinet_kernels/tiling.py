@@ -2,8 +2,11 @@
 
 Shapes: B queries, M keys, D embedding, C classes (columns of the values); a tile is [b, m].
 
-Everything that a distance needs is a column of the operands. With x, y centred, `l = [x, -|x|^2/2, 1]` and
-`r = [y, 1, -|y|^2/2]`, the product `l r'` is -|x - y|^2/2; the bandwidth scales l, or both sides where S is symmetric.
+Points are measured from a centre amid the keys and, where one bandwidth serves all, in units of it. Two inner loops
+walk the tiles: C on a CPU (`compiled_tiles.py`), and `Walk` in PyTorch everywhere else.
+
+In `Walk` everything that a distance needs is a column of the operands: with `l = [x, -|x|^2/2, 1]` and
+`r = [y, 1, -|y|^2/2]`, the product `l r'` is -|x - y|^2/2.
 """
 
 import threading
@@ -57,6 +60,60 @@ class Problem(NamedTuple):
         return self.queries is self.keys and self.bandwidth.numel() == 1
 
 
+class Frame(NamedTuple):
+    """How points are measured.
+
+    Attributes:
+        centre: [D], subtracted from every row.
+        inverse: [1] or [B] 1 / bandwidth.
+        unit: [1] factor on every row: `inverse`, or 1 where each query has its own bandwidth or a radius is to be
+            compared with plain distances.
+        is_scaled: whether `unit` is `inverse`, so that exponents need no more scaling.
+
+    """
+
+    centre: Tensor
+    inverse: Tensor
+    unit: Tensor
+    is_scaled: bool
+
+    def measured(self, rows: Tensor) -> Tensor:
+        """Return rows [b, D] as the tiles see them."""
+        return (rows - self.centre).mul_(self.unit)
+
+
+def frame_of(problem: Problem) -> Frame:
+    """Choose centre and unit of a problem."""
+    inverse = problem.bandwidth.detach().to(problem.dtype).reciprocal()
+    is_scaled = inverse.numel() == 1 and problem.pairs.radius is None
+    centre = centre_of(problem.keys, problem.dtype)
+    return Frame(centre, inverse, inverse if is_scaled else inverse.new_ones(1), is_scaled)
+
+
+class Pull(NamedTuple):
+    """`sum_j T_ij y_j` [rows, D] and `sum_j T_ij` [rows], which together make `sum_j T_ij (y_j - x_i)`."""
+
+    towards: Tensor
+    total: Tensor
+
+
+class Sums(NamedTuple):
+    """What the tiles of a backward add up to; None where it is not wanted. `T` includes the 1 / s^2 not in the points.
+
+    Attributes:
+        received: [M, C + 1] sum_i S_ij signal_i.
+        rows: pull at the queries; in a symmetric problem also their part as keys.
+        columns: pull at the keys of a problem that is not symmetric.
+        spread: [B] sum_j T_ij |y_j|^2.
+
+    """
+
+    received: Tensor | None
+    rows: Pull | None
+    columns: Pull | None
+    spread: Tensor | None
+
+
 @dataclass(frozen=True)
 class Tile:
     """Query rows [row, row_end) against key rows [first, column_end).
@@ -99,18 +156,12 @@ class Walk:
         """
         self.problem = problem
         dtype, width = problem.dtype, problem.queries.shape[1] + 2
-        self.centre = centre_of(problem.keys, dtype)
-        self.inverse = problem.bandwidth.detach().to(dtype).reciprocal()
+        self.frame = frame_of(problem)
         self._matches = _Matches(problem.pairs)
         inner, outer = self._shape = _tile_shape(problem, width, num_tiles)
         sizes = [inner * width, outer * width, *[inner * outer] * num_tiles]
-        left, right, *self._tiles = _carve(sizes, dtype, problem.queries.device)
+        left, right, *self._tiles = carve(sizes, dtype, problem.queries.device)
         self._left, self._right = left.view(-1, width), right.view(-1, width)
-
-    @property
-    def scales_operands(self) -> bool:
-        """Whether the bandwidth is in the operands; a radius is compared with plain distances instead."""
-        return self.problem.pairs.radius is None
 
     def __iter__(self) -> Iterator[tuple[Tile, Tensor, Tensor, Tensor]]:
         """Yield each tile with its packed rows l, r and its exponents, -inf where a pair does not count."""
@@ -143,27 +194,26 @@ class Walk:
         return cells.diagonal(shift) if -cells.shape[0] < shift < cells.shape[1] else None
 
     def scale_rows(self, cells: Tensor, rows: slice) -> None:
-        """Divide rows by the squared bandwidth, in two steps: the square would overflow first."""
-        inverse = self.inverse if self.inverse.numel() == 1 else self.inverse[rows, None]
-        cells.mul_(inverse).mul_(inverse)
+        """Divide rows by the squared bandwidth that is not in the points; in two steps: the square overflows first."""
+        if not self.frame.is_scaled:
+            inverse = self.frame.inverse if self.frame.inverse.numel() == 1 else self.frame.inverse[rows, None]
+            cells.mul_(inverse).mul_(inverse)
 
     def _pack(self, buffer: Tensor, source: Tensor, rows: slice, *, is_left: bool) -> Tensor:
         packed = buffer[: rows.stop - rows.start]
         width = packed.shape[1] - 2
-        vectors = torch.sub(source[rows], self.centre, out=packed[:, :width])
-        if self.problem.is_symmetric and self.scales_operands:
-            vectors.mul_(self.inverse)
+        vectors = torch.sub(source[rows], self.frame.centre, out=packed[:, :width])
+        if self.frame.is_scaled:
+            vectors.mul_(self.frame.unit)
         packed[:, width + 1 - is_left] = torch.linalg.vecdot(vectors, vectors).mul_(-0.5)
         packed[:, width + is_left] = 1
-        if is_left and not self.problem.is_symmetric and self.scales_operands:
-            self.scale_rows(packed, rows)
         return packed
 
     def _mask(self, exponents: Tensor, tile: Tile) -> None:
         pairs = self.problem.pairs
         if pairs.radius is not None:
             exponents.masked_fill_(exponents < -0.5 * pairs.radius**2, -torch.inf)
-            self.scale_rows(exponents, tile.rows)
+        self.scale_rows(exponents, tile.rows)
         own = self.own(exponents, tile)
         if own is not None:  # the expansion leaves rounding noise where the distance is 0
             own.fill_(-torch.inf if pairs.exclude_self else 0)
@@ -214,7 +264,7 @@ def _tile_shape(problem: Problem, width: int, num_tiles: int) -> tuple[int, int]
     return inner, outer
 
 
-def _carve(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def carve(sizes: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Cut pieces out of one buffer; on a CPU this thread keeps it, since fresh memory costs more than small products.
 
     A GPU's allocator keeps freed memory itself, and knows which stream still uses it.

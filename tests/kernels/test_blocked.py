@@ -1,8 +1,12 @@
-"""The blocked path against the reference, in float64 and fp32, forward and backward, whatever the tiles."""
+"""The blocked path against the reference, in float64 and fp32, forward and backward, whatever the tiles.
+
+All of it three times: tiles in C, tiles in C so small that the problems here have many, tiles in PyTorch.
+"""
 
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,11 +15,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scinet_kernels import gaussian_mass, gaussian_propagate
+from scinet_kernels import compiled_tiles, gaussian_mass, gaussian_propagate, native
 
 MODEST = settings(deadline=None, max_examples=60)
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 16, 17, 31, 40])
 SEEDS = st.integers(0, 2**31)
+
+
+@pytest.fixture(params=["C", "C, small tiles", "PyTorch"], scope="module", autouse=True)
+def _path(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "PyTorch":
+            patch.setattr(native, "library", lambda dtype: None)
+        else:
+            assert native.library(torch.float32) is not None, "the C routines were not built: is gcc installed?"
+        if request.param == "C, small tiles":
+            patch.setattr(compiled_tiles, "_TILE_ROWS", ((0, 4),))
+            patch.setattr(compiled_tiles, "_TILE_COLUMNS", ((0, 8),))
+        yield
 
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
