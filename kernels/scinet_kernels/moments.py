@@ -5,8 +5,8 @@ Shapes: N rows, C classes (columns). With cell weights w (0 where unknown) and z
     n_ab = sum w_a w_b     sx_ab = sum w_a w_b z_a     sxx_ab = sum w_a w_b z_a^2     sxy_ab = sum w_a w_b z_a z_b
 
 Three backends: "reference" (whole array, float64, differentiable any number of times), "cpu" (blocks of rows, on any
-device) and "triton" (forward; its backward is the blocked one). The last two multiply fp32 and half inputs in fp32
-within a block and add the blocks in float64. Source: kernels.md sections 2, 5.4 and 5.5.
+device; in C on a CPU) and "triton" (forward; its backward is the blocked one). The last two multiply fp32 and half
+inputs in fp32 within a block and add the blocks in float64. Source: kernels.md sections 2, 5.4 and 5.5.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from scinet_kernels import compiled_moments
 
 # Rows that one fp32 product contracts. Equal terms all round the same way, so its relative error grows with them.
 BLOCK_ROWS = 1024
@@ -54,7 +56,9 @@ def moments(values: Tensor, known: Tensor | None, weights: Tensor | None, pivot:
     # Subtracting a pivot that has the values' own precision is exact near the pivot: large means cost no digits.
     near = pivot.to(_product_dtype(values))
     about_near: Tensor = _Moments.apply(values, known, weights, near, backend)
-    return rebased(about_near, near.double() - pivot)
+    shift = near.double() - pivot
+    # asking a GPU would make the host wait for longer than the arithmetic takes
+    return about_near if shift.device.type == "cpu" and not shift.any() else rebased(about_near, shift)
 
 
 @torch.no_grad()
@@ -76,6 +80,9 @@ def column_sums(values: Tensor, known: Tensor | None, weights: Tensor | None, pi
         cells, wide = _masked(values, known, weights)
         return torch.stack([wide.sum(0), (wide * torch.where(wide > 0, cells - pivot, 0)).sum(0)])
     near = pivot.to(_product_dtype(values))
+    if compiled_moments.runs(values):
+        weight, first = compiled_moments.column_sums(values, known, weights, near, BLOCK_ROWS)
+        return torch.stack([weight, first + weight * (near.double() - pivot)])
     num_rows = _largest_block(values)
     ones = near.new_ones(min(num_rows, values.shape[0]))
     sums = pivot.new_zeros(2 * values.shape[1])
@@ -208,6 +215,8 @@ class _Moments(torch.autograd.Function):
             from scinet_kernels import pearson_triton
 
             return pearson_triton.moments(values, known, weights, pivot)
+        if compiled_moments.runs(values):
+            return compiled_moments.moments(values, known, weights, pivot, BLOCK_ROWS)
         return _blocked_moments(values, known, weights, pivot)
 
     @staticmethod

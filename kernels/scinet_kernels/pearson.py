@@ -162,9 +162,11 @@ class PearsonState:
             raise ValueError(f"values have {values.shape[1]} columns but the state has {self.num_classes} classes.")
         factor = self.decay if decay is None else _checked_decay(decay)
         chosen = dispatch.choose("pearson", self.backend, values, rows=values.shape[0])
-        sums = column_sums(values, known, weights, torch.zeros_like(self._pivot), chosen)
-        # A column not observed so far has only zero moments: any pivot is right, and its first mean is the best.
-        self._pivot = torch.where(self._weight > 0, self._pivot, _mean(*sums))
+        if self._pivot.device.type != "cpu" or not (self._weight > 0).all():  # asking a GPU would make the host wait
+            sums = column_sums(values, known, weights, torch.zeros_like(self._pivot), chosen)
+            # A column not observed so far has only zero moments: any pivot is right, and its first mean is the best, in
+            # digits that fp32 products know too.
+            self._pivot = torch.where(self._weight > 0, self._pivot, _mean(*sums).float().double())
         added = moments(values, known, weights, self._pivot, chosen)
         if weights is None:  # the diagonals hold the columns' own sums
             sums = added[:2].diagonal(dim1=1, dim2=2)
@@ -172,7 +174,7 @@ class PearsonState:
             sums = column_sums(values, known, weights, self._pivot, chosen)
         self._weight = factor * self._weight + sums[0]
         self._total = factor * self._total + sums[1]
-        self._moments = factor * self._moments + added
+        self._moments.mul_(factor).add_(added)
         if has_narrow_products(values, chosen):
             self._is_narrow = torch.ones_like(self._is_narrow)
 
