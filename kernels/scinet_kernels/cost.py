@@ -123,6 +123,9 @@ def _pearson_workspace(shape: Sequence[int], backend: str, computed: torch.dtype
     largest = BLOCK_ROWS if device.type == "cpu" else max(BLOCK_ROWS, GPU_BLOCK_CELLS // max(1, columns))
     panel = 4 * min(rows, largest) * columns * computed.itemsize  # three columns and a mask
     partial = 0
+    if device.type == "cpu":  # each thread has its panel and its products
+        threads = min(torch.get_num_threads(), -(-rows // largest))
+        panel, partial = panel * threads, 4 * matrix * computed.itemsize * (threads - 1)
     if backend == "triton":
         partial = max(DEFAULT_WORKSPACE_BYTES, 16 * matrix)
     return panel + partial + 4 * matrix * computed.itemsize + 8 * matrix * 8

@@ -12,6 +12,8 @@ _log = logging.getLogger(__name__)
 
 # Below this many query rows a launch does not fill a GPU, and library products on a stored panel are as fast.
 SMALLEST_TRITON_ROWS = 2048
+# The oldest NVIDIA GPU whose shared memory and tensor cores fit the table of tiles.
+_OLDEST_CAPABILITY = (8, 0)
 
 
 def choose(operator: str, backend: str, tensor: Tensor, *, rows: int, fits_triton: bool = True) -> str:
@@ -40,6 +42,9 @@ def choose(operator: str, backend: str, tensor: Tensor, *, rows: int, fits_trito
         return backend
     fits_triton = fits_triton and has_triton() and not is_interpreting()
     chosen = automatic(tensor.dtype, tensor.device, rows=rows, fits_triton=fits_triton)
+    if chosen == "triton" and _is_too_old(tensor.device):
+        chosen = "cpu"
+        _warn_once(torch.cuda.get_device_name(tensor.device))
     _say_once(operator, chosen, str(tensor.dtype), tensor.device.type)
     return chosen
 
@@ -76,6 +81,11 @@ def _require_triton(operator: str, tensor: Tensor, fits_triton: bool) -> None:
         raise ValueError(f"backend='triton' for {operator}: the kernels have no `neighbours`, use backend='auto'.")
     if tensor.dtype == torch.float64:
         raise ValueError(f"backend='triton' for {operator}: the kernels have no float64, use backend='reference'.")
+    if _is_too_old(tensor.device):
+        raise ValueError(
+            f"backend='triton' for {operator}: {torch.cuda.get_device_name(tensor.device)} is older than the kernels' "
+            "tiles (compute capability 8.0), use backend='auto'."
+        )
     if not tensor.is_cuda and not is_interpreting():
         raise ValueError(
             f"backend='triton' for {operator} needs a GPU tensor, got {tensor.device} "
@@ -86,3 +96,13 @@ def _require_triton(operator: str, tensor: Tensor, fits_triton: bool) -> None:
 @functools.lru_cache
 def _say_once(operator: str, chosen: str, dtype: str, device: str) -> None:
     _log.debug("%s on %s, %s: backend '%s'", operator, device, dtype, chosen)
+
+
+def _is_too_old(device: torch.device) -> bool:
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return is_nvidia and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY
+
+
+@functools.lru_cache
+def _warn_once(gpu: str) -> None:
+    _log.warning("%s is older than the Triton kernels' tiles (compute capability 8.0): PyTorch does the work", gpu)

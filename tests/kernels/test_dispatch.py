@@ -1,0 +1,45 @@
+"""Which implementation "auto" takes on which GPU, and what it says."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scinet_kernels import dispatch
+
+ON_GPU = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), is_cuda=True)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: request.param)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    dispatch._warn_once.cache_clear()
+    dispatch._say_once.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", [(8, 0), (9, 0)], indirect=True)
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_triton_when_the_gpu_has_tiles_and_enough_rows(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    for _ in range(2):
+        assert dispatch.choose("gaussian_propagate", "auto", ON_GPU, rows=4096) == "triton"
+    assert dispatch.choose("gaussian_propagate", "auto", ON_GPU, rows=100) == "cpu"
+    assert dispatch.choose("gaussian_propagate", "auto", ON_GPU, rows=4096, fits_triton=False) == "cpu"
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2  # one for each choice, however often it is made
+    assert all(record.levelno == logging.DEBUG for record in caplog.records)
+
+
+@pytest.mark.parametrize("gpu", [(7, 5)], indirect=True)
+@pytest.mark.usefixtures("gpu")
+def test_an_old_gpu_is_named_once_and_torch_does_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert dispatch.choose("pearson", "auto", ON_GPU, rows=4096) == "cpu"
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "a GPU is older than the Triton kernels' tiles (compute capability 8.0): PyTorch does the work"
+    ]
+    with pytest.raises(ValueError, match="older than"):
+        dispatch.choose("pearson", "triton", ON_GPU, rows=4096)
