@@ -95,12 +95,13 @@ def blocks_of(problem: Problem, num_tiles: int) -> Blocks:
     while rows * columns > 1 and num_tiles * rows * columns + 2 * max(rows, columns) * width > budget:
         rows, columns = max(1, rows // 2), max(1, columns // 2)
     unit = max(rows, columns)  # both are powers of two
+    tiles = num_tiles * rows * columns
+    for_packed = min(int(_PACKED_SHARE * budget), budget - tiles)
     num_ranges = 1
     packed = -(-max(num_rows, num_columns, 1) // unit) * unit
-    if not problem.is_symmetric or packed * width > _PACKED_SHARE * budget:
+    if not problem.is_symmetric or packed * width > for_packed:
         num_ranges = 2
-        packed = min(packed, max(unit, int(_PACKED_SHARE * budget) // (2 * width) // unit * unit))
-    tiles = num_tiles * rows * columns
+        packed = min(packed, max(unit, for_packed // (2 * width) // unit * unit))
     threads = min(torch.get_num_threads(), max(1, (budget - num_ranges * packed * width) // tiles))
     return Blocks(rows, columns, packed, num_ranges * packed * width + threads * tiles, threads)
 
