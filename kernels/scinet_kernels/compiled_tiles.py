@@ -15,7 +15,7 @@ from scinet_kernels.tiling import Frame, Problem, Sums, carve, frame_of
 
 # Rows of a tile by number of rows: large tiles make the products efficient, many tiles keep all threads busy and waste
 # less on the diagonal's mirror image. They depend on sizes alone, so that the number of threads changes no result.
-_TILE_ROWS = ((2048, 256), (512, 128), (0, 64))
+_TILE_ROWS = ((2048, 256), (512, 128), (128, 64), (0, 32))
 # Columns by number of keys, where these are not the queries.
 _TILE_COLUMNS = ((4096, 512), (0, 256))
 # Packed rows take at most this share of the workspace, the threads' tiles the rest.

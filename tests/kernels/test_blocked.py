@@ -157,6 +157,27 @@ def test_neighbours_equal_the_reference(
     assert_equal(both(leaves, options, workspace_bytes=workspace))
 
 
+@pytest.mark.parametrize("spread", [{"queries"}, {"keys"}, {"values"}, {"queries", "keys", "values"}], ids=str)
+@pytest.mark.parametrize("is_self", [True, False])
+def test_every_stride_is_its_own(spread: set[str], is_self: bool) -> None:
+    leaves = {"queries": rows(0, 40, 7), "values": rows(1, 40, 3), "keys": rows(2, 40, 7)}
+    if is_self:
+        del leaves["keys"]
+    found = []
+    for is_spread in (False, True):
+        own = {}
+        for name, leaf in leaves.items():
+            # transposed, with gaps in both directions
+            buffer = torch.full((3 * leaf.shape[1], 2 * leaf.shape[0]), math.nan, dtype=leaf.dtype)
+            own[name] = buffer[1::3, 1::2].T.copy_(leaf) if is_spread and name in spread else leaf.clone()
+            own[name].requires_grad_()
+        result = gaussian_propagate(bandwidth=0.9, backend="cpu", workspace_bytes=20_000, **own)
+        gradients = torch.autograd.grad((result * rows(3, 40, 3)).sum(), list(own.values()))
+        found.append([result.detach(), *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("bandwidth", [0.02, 0.1, 0.5, 5.0, math.inf])
 @pytest.mark.parametrize("offset", [0.0, 10.0])
 def test_fp32_is_as_exact_as_its_digits_allow(bandwidth: float, offset: float) -> None:
