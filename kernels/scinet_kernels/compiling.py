@@ -38,7 +38,7 @@ _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 _VARIANTS = {
     "gaussian_forward": ("forward", "forward_bounded"),
     "gaussian_forward_held": ("held_forward", "held_forward_bounded"),
-    "gaussian_panel": ("panel",),
+    "gaussian_panel": ("panel", "panel_with_weights"),
     "pearson": ("moments",),
 }
 

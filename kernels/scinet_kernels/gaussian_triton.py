@@ -338,19 +338,21 @@ def ahead_of_time(variant: str, tile: Tile, dtype: torch.dtype, *, is_amd: bool)
     """Describe a kernel for compilation without a GPU, with the flags and alignments of the training step.
 
     Args:
-        variant: "forward" (separate keys, ids), "forward_bounded" (the queries are the keys) or "panel"; "held" stands
-            before the name of a forward that keeps its query rows.
+        variant: "forward" (separate keys, ids), "forward_bounded" (the queries are the keys), "panel" or
+            "panel_with_weights" (for the gradient of the values too); "held" stands before the name of a forward that
+            keeps its query rows.
         tile: sizes.
         dtype: of rows and values.
         is_amd: for AMD, where fp32 products have an instruction of their own.
 
     """
-    kernel = _panel_kernel if variant == "panel" else _forward_kernel
+    kernel = _panel_kernel if variant.startswith("panel") else _forward_kernel
     is_self, holds_queries = variant.endswith("bounded"), variant.startswith("held")
     constants: dict[str, Any] = dict.fromkeys(_UNIT_STRIDES, 1) | _blocks(tile)
     constants |= {"HAS_SELF": is_self, "EXCLUDES_SELF": False, "HAS_IDS": not is_self, "HAS_WEIGHTS": False}
     constants |= {"HAS_RADIUS": False, "PRECISION": "ieee" if is_amd else "tf32x3"}
-    constants |= {"HOLDS_QUERIES": holds_queries, "IS_BOUNDED": is_self, "STORES_WEIGHT": False}
+    constants |= {"HOLDS_QUERIES": holds_queries, "IS_BOUNDED": is_self}
+    constants["STORES_WEIGHT"] = variant == "panel_with_weights"
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -359,7 +361,7 @@ def ahead_of_time(variant: str, tile: Tile, dtype: torch.dtype, *, is_amd: bool)
             signature[name] = "*" + _POINTERS.get(name, tiles.type_name(dtype) if name in _ROW_DTYPE else "fp32")
         else:
             signature[name] = "fp32" if name == "radius_squared" else "i32"
-    if dtype != torch.float32 and variant == "panel":
+    if dtype != torch.float32 and variant.startswith("panel"):
         signature["worth_ptr"] = signature["weight_ptr"] = "*" + tiles.type_name(dtype)
     aligned = {name for name in signature if name.endswith("_ptr") or name.startswith("stride") or name == "D"}
     constants = {name: value for name, value in constants.items() if name in signature}
