@@ -30,13 +30,13 @@ def _path(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def cells(seed: int, num_rows: int, num_classes: int, known_ratio: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlated float64 columns with NaN in unknown cells, the mask, and weights of which some are 0."""
+    """Correlated float64 columns, a mask, and weights of which some are 0 and some negative."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(num_rows, 1, generator=generator, dtype=torch.float64)
     values = common + torch.randn(num_rows, num_classes, generator=generator, dtype=torch.float64)
     known = torch.rand(num_rows, num_classes, generator=generator) < known_ratio
-    weights = (torch.rand(num_rows, num_classes, generator=generator, dtype=torch.float64) - 0.1).clamp_min(0)
-    return values, known, weights
+    weights = torch.rand(num_rows, num_classes, generator=generator, dtype=torch.float64) - 0.1
+    return values, known, weights.masked_fill(weights < -0.05, 0)
 
 
 def spread(tensor: Tensor) -> Tensor:
