@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scinet_kernels.blocked import Values, weighted_values
 from scinet_kernels.tiling import Problem, Tile, Walk
-from scinet_kernels.underflow import PanelGradients, differentiate, underflown
+from scinet_kernels.underflow import PanelGradients, Totals, differentiate, underflown
 
 _ROWS_AT_ONCE = 2048
 
@@ -83,7 +83,8 @@ def backward(
     gradients = differentiated(problem, values, signal, needs)
     if len(rows):
         whole = values.columns[:, :0] if problem.values is None else problem.values.to(values.columns.dtype)
-        for part in differentiate(problem, rows, whole, grad_result, grad_log_mass):
+        totals = Totals(result, mass, values.largest_weight)
+        for part in differentiate(problem, rows, whole, totals, grad_result, grad_log_mass):
             _add(problem, gradients, part)
     return gradients
 
