@@ -13,6 +13,10 @@ _log = logging.getLogger(__name__)
 # Below this many query rows a launch does not fill a GPU, and library products on a stored panel are as fast.
 SMALLEST_TRITON_ROWS = 2048
 
+# Up to these bytes of keys, values, ids and weights on all ranks together every rank gathers them all: one collective,
+# large tiles, and at the size of a batch little memory (kernels.md section 4). Beyond, they go round (`ring.py`).
+LARGEST_GATHER_BYTES = 1 << 30
+
 
 def choose(operator: str, backend: str, tensor: Tensor, *, rows: int, fits_triton: bool = True) -> str:
     """Name the implementation to run; an automatic choice is said once at debug level.
@@ -59,6 +63,24 @@ def automatic(dtype: torch.dtype, device: torch.device, *, rows: int, fits_trito
     return "triton" if device.type == "cuda" and fits_triton and rows >= SMALLEST_TRITON_ROWS else "cpu"
 
 
+def goes_round(operator: str, chosen: str, num_bytes: int, *, has_neighbours: bool) -> bool:
+    """Return whether the ranks' keys go round instead of being gathered; said once at debug level.
+
+    Args:
+        operator: name of the public function, for the message.
+        chosen: the implementation.
+        num_bytes: of keys, values, ids and weights of all ranks, so that all ranks decide alike.
+        has_neighbours: whether the nearest keys of all ranks are to be chosen.
+
+    Source: ours.
+
+    """
+    if num_bytes <= LARGEST_GATHER_BYTES or has_neighbours or chosen == "reference":
+        return False
+    _say_ring_once(operator)
+    return True
+
+
 def has_triton() -> bool:
     """Return whether Triton is installed; it is imported only where a kernel is launched or compiled."""
     return importlib.util.find_spec("triton") is not None
@@ -86,3 +108,8 @@ def _require_triton(operator: str, tensor: Tensor, fits_triton: bool) -> None:
 @functools.lru_cache
 def _say_once(operator: str, chosen: str, dtype: str, device: str) -> None:
     _log.debug("%s on %s, %s: backend '%s'", operator, device, dtype, chosen)
+
+
+@functools.lru_cache
+def _say_ring_once(operator: str) -> None:
+    _log.debug("%s: over %d bytes of rows on all ranks, which go round", operator, LARGEST_GATHER_BYTES)
