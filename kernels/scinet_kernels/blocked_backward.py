@@ -20,7 +20,7 @@ from torch import Tensor
 from scinet_kernels import compiled_tiles
 from scinet_kernels.blocked import Values, weighted_values
 from scinet_kernels.tiling import Frame, Problem, Pull, Sums, Tile, Walk, frame_of
-from scinet_kernels.underflow import PanelGradients, differentiate, underflown
+from scinet_kernels.underflow import PanelGradients, Totals, differentiate, underflown
 
 _ROWS_AT_ONCE = 2048
 
@@ -75,7 +75,8 @@ def backward(
     gradients = _finish(problem, frame, values, sums, needs)
     if len(rows):
         whole = values.columns[:, :0] if problem.values is None else problem.values.to(values.columns.dtype)
-        for part in differentiate(problem, rows, whole, grad_result, grad_log_mass):
+        totals = Totals(result, mass, values.largest_weight)
+        for part in differentiate(problem, rows, whole, totals, grad_result, grad_log_mass):
             _add(problem, gradients, part)
     return gradients
 

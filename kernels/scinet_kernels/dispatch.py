@@ -15,6 +15,10 @@ SMALLEST_TRITON_ROWS = 2048
 # The oldest NVIDIA GPU whose shared memory and tensor cores fit the table of tiles.
 _OLDEST_CAPABILITY = (8, 0)
 
+# Up to these bytes of keys, values, ids and weights on all ranks together every rank gathers them all: one collective,
+# large tiles, and at the size of a batch little memory (kernels.md section 4). Beyond, they go round (`ring.py`).
+LARGEST_GATHER_BYTES = 1 << 30
+
 
 def choose(operator: str, backend: str, tensor: Tensor, *, rows: int, fits_triton: bool = True) -> str:
     """Name the implementation to run; an automatic choice is said once at debug level.
@@ -64,6 +68,24 @@ def automatic(dtype: torch.dtype, device: torch.device, *, rows: int, fits_trito
     return "triton" if device.type == "cuda" and fits_triton and rows >= SMALLEST_TRITON_ROWS else "cpu"
 
 
+def goes_round(operator: str, chosen: str, num_bytes: int, *, has_neighbours: bool) -> bool:
+    """Return whether the ranks' keys go round instead of being gathered; said once at debug level.
+
+    Args:
+        operator: name of the public function, for the message.
+        chosen: the implementation.
+        num_bytes: of keys, values, ids and weights of all ranks, so that all ranks decide alike.
+        has_neighbours: whether the nearest keys of all ranks are to be chosen.
+
+    Source: ours.
+
+    """
+    if num_bytes <= LARGEST_GATHER_BYTES or has_neighbours or chosen == "reference":
+        return False
+    _say_ring_once(operator)
+    return True
+
+
 def has_triton() -> bool:
     """Return whether Triton is installed; it is imported only where a kernel is launched or compiled."""
     return importlib.util.find_spec("triton") is not None
@@ -106,3 +128,8 @@ def _is_too_old(device: torch.device) -> bool:
 @functools.lru_cache
 def _warn_once(gpu: str) -> None:
     _log.warning("%s is older than the Triton kernels' tiles (compute capability 8.0): PyTorch does the work", gpu)
+
+
+@functools.lru_cache
+def _say_ring_once(operator: str) -> None:
+    _log.debug("%s: over %d bytes of rows on all ranks, which go round", operator, LARGEST_GATHER_BYTES)

@@ -74,8 +74,13 @@ def own_rows(queries: Tensor, self_offset: int | None) -> Tensor | None:
     return torch.arange(self_offset, self_offset + len(queries), device=queries.device)
 
 
-def _implementations(backend: str) -> tuple[ModuleType, ModuleType]:
-    """Return the modules that hold ``forward`` and ``backward``; Triton is imported here and nowhere earlier."""
+def implementations(backend: str) -> tuple[ModuleType, ModuleType]:
+    """Return the modules that hold ``forward`` and ``backward``; Triton is imported here and nowhere earlier.
+
+    Args:
+        backend: "cpu" or "triton".
+
+    """
     if backend == "triton":
         from scinet_kernels import gaussian_panels, gaussian_triton
 
@@ -86,7 +91,7 @@ def _implementations(backend: str) -> tuple[ModuleType, ModuleType]:
 def _forward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = Arguments(*given)
     with torch.autocast(arguments.queries.device.type, enabled=False):
-        result: tuple[Tensor, Tensor, Tensor] = _implementations(arguments.backend)[0].forward(arguments.problem())
+        result: tuple[Tensor, Tensor, Tensor] = implementations(arguments.backend)[0].forward(arguments.problem())
     return result
 
 
@@ -94,7 +99,7 @@ def _backward(*given: Any) -> list[Tensor]:
     *operands, result, mass, grad_result, grad_log_mass, needs = given
     arguments = Arguments(*operands)
     with torch.autocast(arguments.queries.device.type, enabled=False):
-        gradients = _implementations(arguments.backend)[1].backward(
+        gradients = implementations(arguments.backend)[1].backward(
             arguments.problem(), result, mass, grad_result, grad_log_mass, Needs(*needs)
         )
     # an operator cannot return None: what is not wanted is empty

@@ -299,6 +299,17 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return result, log_mass * _LN_2, log_mass
 
 
+def mass_of(problem: Problem, log_mass: Tensor) -> Tensor:
+    """Return what :func:`forward` would give last, had it found this log mass.
+
+    Args:
+        problem: the operands; where keys go round the ranks, one shard of them.
+        log_mass: [B], where keys go round that over all shards.
+
+    """
+    return log_mass.float() / _LN_2
+
+
 def write_panel(
     problem: Problem, operands: Operands, rows: slice, values: Tensor, signal: Tensor, offset: Tensor,
     log_mass: Tensor, worth: Tensor, weights: Tensor | None,

@@ -1,4 +1,4 @@
-"""Public Gaussian operators: check, promote to at least fp32, gather over ranks, run.
+"""Public Gaussian operators: check, promote to at least fp32, gather over ranks or send round, run.
 
 Shapes: B queries, M keys (of all ranks where a group is given), D embedding, C classes, K neighbours.
 """
@@ -11,19 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scinet_kernels import checks, dispatch, reference, sharded
+from scinet_kernels import checks, dispatch, reference, ring, sharded
 from scinet_kernels import neighbours as neighbour_search
 from scinet_kernels.gaussian import Arguments, gaussian, own_rows
 from scinet_kernels.reference import DEFAULT_WORKSPACE_BYTES, Pairs
+from scinet_kernels.ring import Ring
 from scinet_kernels.tiling import Problem
 
 
 class _Call(NamedTuple):
-    """A checked call: its operands, gathered from all ranks, and what to run them by."""
+    """A checked call: its operands, gathered from all ranks unless they are to go round, and what to run them by."""
 
     arguments: Arguments
     neighbours: int | None
     wide: torch.dtype
+    ring: Ring | None = None
 
 
 def _promoted(*tensors: Tensor | None) -> torch.dtype:
@@ -72,30 +74,50 @@ def _prepare(
         checks.check_same_device("values", values, "queries", queries)
         if values.shape[0] != num_keys:
             raise ValueError(f"values have {values.shape[0]} rows but there are {num_keys} keys: one row for each.")
-    all_keys, all_key_ids = (queries, query_ids) if keys is None else (keys, key_ids)
-    offset = 0
-    if group is not None:
-        gathered, offset = sharded.gather_rows([all_keys, values, all_key_ids, key_weights], group)
-        assert gathered[0] is not None
-        all_keys, values, all_key_ids, key_weights = gathered[0], *gathered[1:]
-    if neighbours is not None and neighbours >= len(all_keys):
-        neighbours = None
-    probe = queries.new_empty(0, dtype=_promoted(queries, all_keys, values))
     arguments = Arguments(
         queries=queries,
-        keys=None if all_keys is queries else all_keys,
+        keys=None if keys is queries else keys,
         values=values,
         bandwidth=_as_vector(bandwidth, queries),
         key_weights=key_weights,
         query_ids=query_ids,
-        key_ids=all_key_ids,
-        self_offset=offset if keys is None else None,
+        key_ids=query_ids if keys is None else key_ids,
+        self_offset=0 if keys is None else None,
         exclude_self=exclude_self,
         radius=radius,
-        backend=dispatch.choose(operator, backend, probe, rows=len(queries), fits_triton=neighbours is None),
+        backend=backend,
         workspace_bytes=workspace_bytes,
     )
-    return _Call(arguments, neighbours, _promoted(values))
+    return _resolve(operator, _Call(arguments, neighbours, _promoted(values)), group)
+
+
+def _resolve(operator: str, call: _Call, group: dist.ProcessGroup | None) -> _Call:
+    """Choose the implementation; with a group, gather the keys of all ranks or have them go round."""
+    given = call.arguments
+    keys = given.queries if given.keys is None else given.keys
+    rows = keys, given.values, given.key_ids, given.key_weights
+    counts, num_bytes = ([len(keys)], 0) if group is None else sharded.count_rows(rows, group)
+    neighbours = None if call.neighbours is None or call.neighbours >= sum(counts) else call.neighbours
+    probe = keys.new_empty(0, dtype=_promoted(given.queries, keys, given.values))
+    fits_triton = neighbours is None
+    chosen = dispatch.choose(operator, given.backend, probe, rows=len(given.queries), fits_triton=fits_triton)
+    arguments, call = given._replace(backend=chosen), call._replace(neighbours=neighbours)
+    if group is None:
+        return call._replace(arguments=arguments)
+    if dispatch.goes_round(operator, chosen, num_bytes, has_neighbours=neighbours is not None):
+        arguments = arguments._replace(keys=keys if given.self_offset is None else None)
+        return call._replace(arguments=arguments, ring=Ring(group, counts))
+    (all_keys, values, key_ids, key_weights), start = sharded.gather_rows(rows, counts, group)
+    offset = None if given.self_offset is None else start
+    arguments = arguments._replace(
+        keys=all_keys, values=values, key_ids=key_ids, key_weights=key_weights, self_offset=offset
+    )
+    return call._replace(arguments=arguments)
+
+
+def _run(call: _Call) -> tuple[Tensor, Tensor]:
+    """Return result [B, C] and log mass [B] by the operator."""
+    return gaussian(call.arguments) if call.ring is None else ring.gaussian(call.arguments, call.ring)
 
 
 def _run_reference(call: _Call) -> Tensor:
@@ -144,9 +166,11 @@ def gaussian_propagate(
         backend: "auto", "triton", "cpu" (blocked PyTorch, on any device) or "reference".
         workspace_bytes: bound on temporaries of size M per query, met by working on a few queries at a time (one at
             least) and by computing them again in the backward.
-        group: process group; keys (without keys: queries), values, ids and weights are then this rank's rows and are
-            gathered from all ranks, uneven and zero row counts included. The gradient is that of the sum of all
-            ranks' losses; what requires a gradient must do so on every rank.
+        group: process group; keys (without keys: queries), values, ids and weights are then this rank's rows, and the
+            keys of all ranks count, uneven and zero row counts included. They are gathered on every rank; beyond
+            1 GiB of all ranks' rows they go round the ranks instead, one shard at a time, but never with
+            `neighbours` or the reference. The gradient is that of the sum of all ranks' losses; what requires a
+            gradient must do so on every rank.
 
     Returns:
         [B, C] in the dtype of the values promoted to at least fp32, differentiable in queries, keys, values,
@@ -181,7 +205,7 @@ def gaussian_propagate(
             return _run_reference(call)
         if call.neighbours is not None:
             return neighbour_search.propagate(call.arguments.problem(), call.neighbours)
-        return gaussian(call.arguments)[0].to(call.wide)
+        return _run(call)[0].to(call.wide)
 
 
 def gaussian_mass(
@@ -246,7 +270,7 @@ def gaussian_mass(
             return _run_reference(call)
         if call.neighbours is not None:
             return neighbour_search.mass(call.arguments.problem(), call.neighbours)
-        return gaussian(call.arguments)[1]
+        return _run(call)[1]
 
 
 def gaussian_similarity(queries: Tensor, keys: Tensor, *, bandwidth: float | Tensor) -> Tensor:

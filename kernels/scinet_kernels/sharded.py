@@ -1,11 +1,12 @@
-"""Rows spread over ranks: gather and sum, with gradients.
+"""Rows spread over ranks: count, gather and sum, with gradients.
 
-Both follow one convention: the backward yields the gradient of the *sum of all ranks' losses*, so every rank must run
+All follow one convention: the backward yields the gradient of the *sum of all ranks' losses*, so every rank must run
 it, and a tensor must require gradients on all ranks or on none.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,15 +54,25 @@ class _GatherRows(torch.autograd.Function):
         return None, None, None, *own
 
 
-def gather_rows(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -> tuple[list[Tensor | None], int]:
-    """Gather each tensor's rows from all ranks, in rank order; row counts may differ, also be 0. Collective.
+class Spread(NamedTuple):
+    """How rows are spread over the ranks; the same on each.
+
+    Attributes:
+        counts: [W] rows of each rank.
+        num_bytes: bytes of all ranks' rows.
+
+    """
+
+    counts: list[int]
+    num_bytes: int
+
+
+def count_rows(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -> Spread:
+    """Exchange how many rows each rank has; counts may differ, also be 0. Collective.
 
     Args:
-        tensors: [m, ...] each with the same number m of rows on this rank; None stays None (on all ranks).
-        group: process group. The host waits once for the row counts.
-
-    Returns:
-        (the tensors [M, ...] with the rows of all ranks, the position of this rank's first row).
+        tensors: [m, ...] each with the same number m of rows on this rank; None must be None on all ranks.
+        group: process group. The host waits once for the counts.
 
     Raises:
         ValueError: the ranks disagree on the number of columns (raised on every rank).
@@ -69,15 +80,32 @@ def gather_rows(tensors: Sequence[Tensor | None], group: dist.ProcessGroup) -> t
     """
     present = [tensor for tensor in tensors if tensor is not None]
     widths = [tensor.shape[1] for tensor in present if tensor.dim() == 2]
-    mine = torch.tensor([present[0].shape[0], *widths], dtype=torch.int64, device=present[0].device)
+    row_bytes = sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in present)
+    mine = torch.tensor([present[0].shape[0], row_bytes, *widths], dtype=torch.int64, device=present[0].device)
     sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, mine, group=group)
     table = torch.stack(sizes).tolist()
-    if any(row[1:] != widths for row in table):
-        raise ValueError(f"ranks disagree on the number of columns: {[row[1:] for row in table]}.")
-    counts = [row[0] for row in table]
+    if any(row[2:] != widths for row in table):
+        raise ValueError(f"ranks disagree on the number of columns: {[row[2:] for row in table]}.")
+    return Spread([row[0] for row in table], sum(row[0] * row[1] for row in table))
+
+
+def gather_rows(
+    tensors: Sequence[Tensor | None], counts: Sequence[int], group: dist.ProcessGroup
+) -> tuple[list[Tensor | None], int]:
+    """Gather each tensor's rows from all ranks, in rank order. Collective.
+
+    Args:
+        tensors: as given to :func:`count_rows`.
+        counts: [W] rows of each rank.
+        group: process group.
+
+    Returns:
+        (the tensors [M, ...] with the rows of all ranks, the position of this rank's first row).
+
+    """
     start = sum(counts[: dist.get_rank(group)])
-    gathered = iter(_GatherRows.apply(group, counts, start, *present))
+    gathered = iter(_GatherRows.apply(group, counts, start, *[tensor for tensor in tensors if tensor is not None]))
     return [None if tensor is None else next(gathered) for tensor in tensors], start
 
 

@@ -38,6 +38,8 @@ class Problem(NamedTuple):
         pairs: the rules, without `neighbours`.
         self_offset: the key row that is query row 0 itself, or None; says what `pairs.own` says.
         workspace_bytes: bound on tiles and packed operands.
+        log_mass_elsewhere: [B] what other keys are known to weigh, or None; a row whose keys here are nothing beside
+            those may be returned as one without keys.
 
     """
 
@@ -48,6 +50,7 @@ class Problem(NamedTuple):
     pairs: Pairs
     self_offset: int | None
     workspace_bytes: int
+    log_mass_elsewhere: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:

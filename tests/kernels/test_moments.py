@@ -105,7 +105,7 @@ def test_state_of_fp32_updates_equals_one_pass() -> None:
             rows = slice(start, start + 250)
             state.update(values[rows], known[rows], None if cell_weights is None else cell_weights[rows])
         torch.testing.assert_close(state.correlation()[0], whole, rtol=0, atol=1e-6)
-        wide = torch.where(known, 1.0 if cell_weights is None else cell_weights, 0.0).double()
+        wide = torch.where(known, 1.0 if cell_weights is None else cell_weights.clamp_min(0), 0.0).double()
         mean, weight = state.mean()
         torch.testing.assert_close(weight, wide.sum(0), rtol=1e-6, atol=0)
         torch.testing.assert_close(mean, (wide * values.double()).sum(0) / wide.sum(0), rtol=0, atol=1e-5)
