@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from scinet.errors import ConfigError
+from scinet.texttable import table
+
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by scinet data build.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_WIDEST_CELL = 160
 
 
 def register(data_app: typer.Typer) -> None:
     """Add the commands to ``scinet data``."""
     data_app.command("validate")(validate)
+    data_app.command("mask")(mask)
 
 
 def validate(
@@ -49,25 +51,33 @@ def validate(
         raise typer.Exit(1)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return rows as aligned columns; whole numbers are set to the right, what does not print is escaped."""
-    lines = [[printable(str(cell)) for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    is_number = [all(line[column].isdigit() for line in lines[1:]) for column in range(len(header))]
-    shown = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, is_number, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    return "".join(f"{line}\n" for line in shown)
+def mask(
+    directory: Folder,
+    known_ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the cells that stay known.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the mask, as data.mask_seed.")] = 0,
+    single_positive: Annotated[bool, typer.Option("--single-positive", help="One positive an image.")] = False,
+    split: Annotated[str, typer.Option(help="train, holdout or test.")] = "train",
+    out: Annotated[Path | None, typer.Option("--out", help="Write the mask here, for data.mask_file.")] = None,
+    from_: Annotated[Path | None, typer.Option("--from", help="Read a published mask: JSONL, or CSV.")] = None,
+    negative: Annotated[str | None, typer.Option(help="CSV: the code that means known to be absent.")] = None,
+    unknown: Annotated[str | None, typer.Option(help="CSV: the code that means not known.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Show what a mask leaves known, class by class: scinet data mask data/scenes --known-ratio 0.1 --seed 0."""
+    from scinet import masktool
 
-
-def printable(text: str) -> str:
-    """Return a text that no terminal obeys: letters that do not print are escaped, and its end is cut."""
-    safe = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    return safe if len(safe) <= _WIDEST_CELL else safe[: _WIDEST_CELL - 1] + "…"
+    if from_ is None and (known_ratio is None) != single_positive:
+        raise ConfigError("give one of --known-ratio, --single-positive and --from FILE")
+    if from_ is not None and single_positive:
+        raise ConfigError("--single-positive makes a mask and --from reads one: give one of the two")
+    if from_ is None and (negative or unknown):
+        raise ConfigError("--negative and --unknown explain the codes of --from FILE, which is not given")
+    asked = masktool.Asked(directory, split, known_ratio, seed, single_positive, from_, negative, unknown, out)
+    with _terminal() as terminal:
+        result = masktool.look(asked, terminal.progress)
+    print(json.dumps(result.to_json(), indent=1) + "\n" if json_ else masktool.report(result), end="")
+    if not result.fits:
+        raise typer.Exit(1)
 
 
 def _cores() -> int:

@@ -50,8 +50,8 @@ class StoredMembers:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
-def parse_labels(content: bytes) -> Labels:
-    """Return the labels of a JSON member.
+def parse_labels(content: bytes | str, *, needs_index: bool = True) -> Labels:
+    """Return the labels of a JSON member, or of a line of a mask, which has no index (-1).
 
     Raises:
         ValueError: with the reason, if it is not what ``scinet data build`` writes; classes are not compared here.
@@ -64,6 +64,7 @@ def parse_labels(content: bytes) -> Labels:
         raise ValueError(f"no JSON ({error})") from error
     if not isinstance(tree, dict):
         raise ValueError(f"a {type(tree).__name__}, expected an object")
+    tree = tree if needs_index else {"index": -1, **tree}
     missing = [key for key in ("id", "index", "positives", "negatives") if key not in tree]
     if missing:
         raise ValueError(f"no '{missing[0]}'")

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import pytest
 
 from scinet import cli
-from scinet.data_tools_cli import printable, table
-from tests.scinet.conftest import MakeShards
+from scinet.texttable import printable, table
+from tests.scinet.conftest import CLASSES, MakeShards
 
 
 class Ended(NamedTuple):
@@ -77,3 +77,56 @@ def test_table_obeys_no_control_letter_of_a_stranger() -> None:
     shown = table(("count", "name"), [("7", "a\x1b[31m\nb\u202e"), ("12", "ü")])
     assert shown == "count  name\n    7  a\\x1b[31m\\nb\\u202e\n   12  ü\n"
     assert len(printable("x" * 999)) == 160
+
+
+def test_mask_prints_each_class_and_a_written_one_is_found_equal_when_read(
+    call: Call, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mask.jsonl"
+    made = call("mask", folder, "--known-ratio", 0.5, "--seed", 3, "--out", out)
+    assert made.status == 0
+    assert [line.split()[0] for line in made.out.splitlines()[:4]] == ["class", *CLASSES]
+    assert "6 intervals do not hold 0.5" in made.out
+    read = call("mask", folder, "--from", out)
+    assert read.status == 0
+    assert read.out.splitlines()[:4] == made.out.splitlines()[:4]
+    assert call("mask", folder, "--from", out, "--out", tmp_path / "again.jsonl").status == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
+
+
+def test_mask_of_a_paper_is_compared_with_the_shards(call: Call, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.csv"
+    # truth of train-0000: cat present, dog absent, owl unknown
+    path.write_text("id,cat,dog,owl\ntrain-0000,0,,1\nghost\x1b,1,0,\n")
+    ended = call("mask", folder, "--from", path)
+    assert ended.status == 1
+    assert "samples of the split that the mask does not have: 11 ('train-0001', 'train-0002'" in ended.out
+    assert "no split has: 1 ('ghost\\x1b')" in ended.out
+    assert "contradict the shards: 1 ('train-0000' 'cat': negative in the mask, positive in the shards)" in ended.out
+    assert "do not know: 1 ('train-0000' 'owl': positive in the mask, unknown in the shards)" in ended.out
+    refused = call("mask", folder, "--from", path, "--out", tmp_path / "mine.jsonl")
+    assert refused.status == 1
+    assert "11 of 12 samples are missing" in refused.err
+    assert not (tmp_path / "mine.jsonl").exists()
+
+
+def test_mask_says_everything_as_json(call: Call, folder: Path) -> None:
+    whole = json.loads(call("mask", folder, "--known-ratio", 0, "--json").out)
+    assert whole["num_outside"] == 0
+    assert whole["num_outside_expected"] == pytest.approx(0.3)
+    assert [row["positives"]["of"] for row in whole["classes"]] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--known-ratio", 0.1, "--single-positive"),
+        ("--known-ratio", 2),
+        ("--from", "nowhere.jsonl"),
+        ("--known-ratio", 0.1, "--negative", "0"),
+        ("--single-positive", "--from", "x"),
+    ],
+)
+def test_mask_ends_with_two_when_it_is_used_wrongly(call: Call, folder: Path, words: tuple[object, ...]) -> None:
+    assert call("mask", folder, *words).status == 2
