@@ -19,6 +19,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def register(data_app: typer.Typer) -> None:
     """Add the commands to ``scinet data``."""
     data_app.command("validate")(validate)
+    data_app.command("inspect")(inspect)
     data_app.command("mask")(mask)
 
 
@@ -49,6 +50,22 @@ def validate(
         print(f"{directory}: {samples} samples, {num_errors} errors, {num_warnings} warnings")
     if num_errors:
         raise typer.Exit(1)
+
+
+def inspect(
+    directory: Folder,
+    out: Annotated[Path | None, typer.Option("--out", help="Write a page here, for example page.html.")] = None,
+    samples: Annotated[int, typer.Option(min=0, max=1000, help="Images on the page.")] = 24,
+) -> None:
+    """Show what a data set holds, and write a page about it: scinet data inspect data/scenes --out page.html."""
+    from scinet import inspecting
+
+    with _terminal() as terminal:
+        card = inspecting.load(directory)
+        print(inspecting.report(card), end="")
+        if out is not None:
+            inspecting.write_page(card, out, samples, terminal.progress)
+            print(f"page: {out}")
 
 
 def mask(

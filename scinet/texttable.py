@@ -23,7 +23,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"{line}\n" for line in shown)
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, limit: int = _WIDEST_CELL) -> str:
     """Return a text that no terminal obeys: letters that do not print are escaped, and its end is cut."""
     safe = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    return safe if len(safe) <= _WIDEST_CELL else safe[: _WIDEST_CELL - 1] + "…"
+    return safe if len(safe) <= limit else safe[: limit - 1] + "…"

@@ -130,3 +130,13 @@ def test_mask_says_everything_as_json(call: Call, folder: Path) -> None:
 )
 def test_mask_ends_with_two_when_it_is_used_wrongly(call: Call, folder: Path, words: tuple[object, ...]) -> None:
     assert call("mask", folder, *words).status == 2
+
+
+def test_inspect_prints_the_card_and_writes_the_page(call: Call, folder: Path, tmp_path: Path) -> None:
+    ended = call("inspect", folder, "--out", tmp_path / "page.html", "--samples", 3)
+    assert ended.status == 0
+    assert ended.out.splitlines()[1].split()[:4] == ["train", "12", "1.00", "50.00%"]
+    for line in ("most frequent: cat 4, dog 4, owl 4", "name: test", "missing: none recorded"):
+        assert line in ended.out
+    assert (tmp_path / "page.html").is_file()
+    assert call("inspect", folder / "nowhere").status == 2
