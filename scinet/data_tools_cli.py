@@ -21,6 +21,7 @@ def register(data_app: typer.Typer) -> None:
     data_app.command("validate")(validate)
     data_app.command("inspect")(inspect)
     data_app.command("mask")(mask)
+    data_app.command("estimate")(estimate)
 
 
 def validate(
@@ -95,6 +96,41 @@ def mask(
     print(json.dumps(result.to_json(), indent=1) + "\n" if json_ else masktool.report(result), end="")
     if not result.fits:
         raise typer.Exit(1)
+
+
+def estimate(
+    samples: Annotated[int | None, typer.Option(min=1, help="N, images in all.")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="C.")] = None,
+    positives: Annotated[float, typer.Option("--positives-per-image", min=0, help="Known positives.")] = 3.0,
+    negatives: Annotated[
+        float | None,
+        typer.Option("--negatives-per-image", min=0, help="Known negatives.", show_default="all other classes"),
+    ] = None,
+    image_bytes: Annotated[int, typer.Option("--bytes-per-image", min=1, help="Size of an encoded image.")] = 110_000,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 128,
+    global_batch_size: Annotated[int | None, typer.Option(min=1, help="G over all ranks.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="R, processes that train.")] = 1,
+    bank_size: Annotated[int | None, typer.Option(min=0, help="M, rows of the bank.")] = None,
+    width: Annotated[int, typer.Option("--backbone-width", min=1, help="D, width of the embedding.")] = 512,
+    config: Annotated[Path | None, typer.Option("--config", help="A YAML file; its data.path, where built.")] = None,
+) -> None:
+    """Print what a data set and its training take: scinet data estimate --samples 100000 --classes 80."""
+    from scinet import config as configuration
+    from scinet import estimating
+
+    options = configuration.load(config)
+    changes: dict[str, Any] = {"train__global_batch_size": global_batch_size, "fusion__bank_size": bank_size}
+    options = configuration.replace(options, **{key: value for key, value in changes.items() if value is not None})
+    if samples is not None and classes is not None:
+        unlisted = max(0.0, classes - positives) if negatives is None else negatives
+        data = estimating.DataSize(samples, classes, positives, unlisted, image_bytes, shard_samples)
+    elif samples is None and classes is None and config is not None:
+        from scinet.data import card as data_card
+
+        data = estimating.of_card(data_card.read(Path(options.data.path), prepare=options.data.prepare))
+    else:
+        raise ConfigError("give --samples and --classes, or --config FILE whose data.path is built")
+    print(estimating.report(data, options, width, ranks), end="")
 
 
 def _cores() -> int:

@@ -140,3 +140,26 @@ def test_inspect_prints_the_card_and_writes_the_page(call: Call, folder: Path, t
         assert line in ended.out
     assert (tmp_path / "page.html").is_file()
     assert call("inspect", folder / "nowhere").status == 2
+
+
+def test_estimate_prints_disk_reading_and_state(call: Call) -> None:
+    ended = call("estimate", "--samples", 100000, "--classes", 80, "--ranks", 8, "--bank-size", 4096)
+    assert ended.status == 0
+    for words in ("782 shards", "shuffle windows: 2 lanes x 513", "100,000 x 80 fp32", "bank, 4,096 rows of width 512"):
+        assert words in ended.out
+
+
+def test_estimate_takes_the_sizes_of_a_data_set_that_is_built(call: Call, folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data:\n  path: {folder}\n")
+    ended = call("estimate", "--config", config)
+    assert ended.status == 0
+    assert ended.out.startswith("12 samples, 3 classes, 1.00 positives and 1.00 negatives an image")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--samples", 3), ("--samples", 9, "--classes", 2), ("--config", "nowhere.yaml"), ("--samples", 0)],
+)
+def test_estimate_ends_with_two_when_it_is_used_wrongly(call: Call, words: tuple[object, ...]) -> None:
+    assert call("estimate", *words).status == 2
