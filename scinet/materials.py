@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scinet.data import card as data_card
+from scinet.data import mask_file
 from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import SPLITS, DataCard
 from scinet.data.views import VIEW_NAMES, Views
@@ -50,8 +51,15 @@ def check(options: Options) -> DataCard:
 
     Raises:
         ConfigError: if the folder is missing.
-        DataError: if it is damaged.
+        DataError: if it is damaged, or the mask of ``data.mask_file`` lacks a training sample.
     """
+    card = _card(options)
+    if options.data.mask_file:
+        mask_file.check_covers(Path(options.data.mask_file), card)
+    return card
+
+
+def _card(options: Options) -> DataCard:
     return data_card.read(Path(options.data.path), prepare=options.data.prepare)
 
 
@@ -62,7 +70,7 @@ def gather(options: Options, ranks: Ranks, progress: Callable[[str, int, int], N
         ConfigError: if data or weights cannot be had.
         DataError: if a shard or an image is damaged.
     """
-    card = check(options)
+    card = _card(options)
     cache = cache_directory(options.data.cache_dir)
     backbone: Backbone = first_rank_first(lambda: model_backbone.load(options.model, cache), ranks)
     backbone.image.to(ranks.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from scinet.data import mask_file
 from scinet.data.card import DataCard
 from scinet.data.masks import derive, observe
 from scinet.data.stream import Order, SampleStream, StoredSample
@@ -100,12 +102,15 @@ class Mask:
     """The label mask of a run, applied to one sample at a time."""
 
     def __init__(self, options: DataOptions) -> None:
-        """Take the known ratio and the mask seed."""
+        """Take the known ratio and the mask seed, or the file."""
         self._options = options
+        self._table = mask_file.load(Path(options.mask_file)) if options.mask_file else None
 
     def __call__(self, truth: npt.NDArray[np.int8], sample_id: str) -> npt.NDArray[np.int8]:
         """Return observed [C] int8 from truth [C] int8."""
         options = self._options
+        if self._table is not None:
+            return self._table.observe(sample_id)
         return observe(
             truth,
             sample_id,
@@ -159,6 +164,7 @@ class ImageBatches:
         """Check that the batches divide; nothing is read yet."""
         self._card, self._options, self._views, self._share, self._seed = card, options, views, share, seed
         self._view_names = tuple(view_names)
+        self._mask = Mask(options)
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
 
@@ -167,7 +173,7 @@ class ImageBatches:
         options, share = self._options, self._share
         length = self.steps_per_epoch * share.global_batch_size
         order = Order(self._seed, epoch, options.lanes, options.shuffle_window, length)
-        decoder = _Decoder(self._views, self._view_names, Mask(options), self._seed, epoch)
+        decoder = _Decoder(self._views, self._view_names, self._mask, self._seed, epoch)
         stream = SampleStream(
             self._card, "train", order, rank=share.rank, world_size=share.world_size, transform=decoder
         )

@@ -91,12 +91,13 @@ def write(
     temporary.rename(directory / CARD_NAME)
 
 
-def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
+def read(directory: Path, *, prepare: str = "scinet data build", checks_shards: bool = True) -> DataCard:
     """Return the card of a folder after checking that it and its shards are there.
 
     Args:
         directory: a folder written by ``scinet data build``.
         prepare: the command that makes it, named when it is missing.
+        checks_shards: whether a shard that is missing or has another size is an error here.
 
     Raises:
         ConfigError: if the folder or the card is missing.
@@ -127,7 +128,8 @@ def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
         raise DataError(
             f"{path} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
         ) from error
-    _check(card, path)
+    if checks_shards:
+        _check(card, path)
     return card
 
 
