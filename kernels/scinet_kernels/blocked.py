@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scinet_kernels import compiled_tiles
-from scinet_kernels.tiling import Problem, Walk
+from scinet_kernels.tiling import Frame, Problem, Walk, frame_of
 from scinet_kernels.underflow import are_nothing, marked, recompute, underflown
 
 
@@ -66,12 +66,12 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         weight, and where it underflows :func:`~scinet_kernels.underflow.marked`).
 
     """
-    values = weighted_values(problem)
+    values, frame = weighted_values(problem), frame_of(problem)
     sums = values.columns.new_zeros(len(problem.queries), values.columns.shape[1])
     if compiled_tiles.runs(problem, values.columns):
-        compiled_tiles.propagate(problem, values.columns, values.weights, sums)
+        compiled_tiles.propagate(problem, frame, values.columns, values.weights, sums)
     else:
-        _propagate(problem, values.columns, sums)
+        _propagate(problem, frame, values.columns, sums)
     mass = sums[:, -1].clone()
     result = (sums[:, :-1] / mass[:, None]).add_(values.mean)
     log_mass = (mass * values.largest_weight).log().to(problem.dtype)
@@ -88,8 +88,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return result, log_mass, mass
 
 
-def _propagate(problem: Problem, values: Tensor, sums: Tensor) -> None:
-    for tile, _, _, exponents in Walk(problem, num_tiles=1):
+def _propagate(problem: Problem, frame: Frame, values: Tensor, sums: Tensor) -> None:
+    for tile, _, _, exponents in Walk(problem, frame, num_tiles=1):
         weights = exponents.exp_().to(sums.dtype)
         sums[tile.rows].addmm_(weights, values[tile.columns])
         if tile.mirror < tile.column_end:

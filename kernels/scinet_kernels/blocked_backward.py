@@ -71,7 +71,7 @@ def backward(
             received_columns=signal.shape[1] - (not needs.key_weights),
         )  # fmt: skip
     else:
-        (_symmetric if problem.is_symmetric else _rectangular)(problem, values.columns, signal, sums)
+        (_symmetric if problem.is_symmetric else _rectangular)(problem, frame, values.columns, signal, sums)
     gradients = _finish(problem, frame, values, sums, needs)
     if len(rows):
         whole = values.columns[:, :0] if problem.values is None else problem.values.to(values.columns.dtype)
@@ -107,10 +107,10 @@ def _no_sums(problem: Problem, signal: Tensor, needs: Needs) -> Sums:
     )
 
 
-def _symmetric(problem: Problem, values: Tensor, signal: Tensor, sums: Sums) -> None:
+def _symmetric(problem: Problem, frame: Frame, values: Tensor, signal: Tensor, sums: Sums) -> None:
     """One exponential for both directions: `A_ij = S_ij (<signal_i, v_j> + <v_i, signal_j>)` pulls i to j, j to i."""
     pull, received = sums.rows, sums.received
-    walk = Walk(problem, num_tiles=1 + (pull is not None))
+    walk = Walk(problem, frame, num_tiles=1 + (pull is not None))
     width = problem.queries.shape[1]
     for tile, left, right, exponents in walk:
         weights = exponents.exp_()
@@ -134,9 +134,9 @@ def _symmetric(problem: Problem, values: Tensor, signal: Tensor, sums: Sums) -> 
             pull.total[tile.mirrored] += weights[:, mirror:].sum(0)
 
 
-def _rectangular(problem: Problem, values: Tensor, signal: Tensor, sums: Sums) -> None:
+def _rectangular(problem: Problem, frame: Frame, values: Tensor, signal: Tensor, sums: Sums) -> None:
     needs_worth = sums.rows is not None or sums.columns is not None
-    walk = Walk(problem, num_tiles=1 + needs_worth)
+    walk = Walk(problem, frame, num_tiles=1 + needs_worth)
     width, dtype = problem.queries.shape[1], problem.dtype
     for tile, left, right, exponents in walk:
         weights = exponents.exp_()

@@ -21,9 +21,7 @@ def check_backend(backend: str) -> None:
         ValueError: the name is not one of `BACKENDS`.
 
     """
-    if backend not in BACKENDS:
-        names = ", ".join(repr(name) for name in BACKENDS)
-        raise ValueError(f"backend={backend!r} does not exist: choose one of {names}.")
+    _check_choice("backend", backend, BACKENDS)
 
 
 def check_precision(precision: str) -> None:
@@ -36,9 +34,12 @@ def check_precision(precision: str) -> None:
         ValueError: the name is not one of `PRECISIONS`.
 
     """
-    if precision not in PRECISIONS:
-        names = ", ".join(repr(name) for name in PRECISIONS)
-        raise ValueError(f"precision={precision!r} does not exist: choose one of {names}.")
+    _check_choice("precision", precision, PRECISIONS)
+
+
+def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ValueError(f"{name}={given!r} does not exist: choose one of {', '.join(map(repr, known))}.")
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:

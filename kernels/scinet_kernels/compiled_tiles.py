@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scinet_kernels import native
 from scinet_kernels.native import pointer
-from scinet_kernels.tiling import Frame, Problem, Sums, carve, frame_of
+from scinet_kernels.tiling import Frame, Problem, Sums, carve
 
 # Rows of a tile by number of rows: large tiles make the products efficient, many tiles keep all threads busy and waste
 # less on the diagonal's mirror image. They depend on sizes alone, so that the number of threads changes no result.
@@ -106,17 +106,18 @@ def blocks_of(problem: Problem, num_tiles: int) -> Blocks:
     return Blocks(rows, columns, packed, num_ranges * packed * width + threads * tiles, threads)
 
 
-def propagate(problem: Problem, values: Tensor, weights: Tensor | None, sums: Tensor) -> None:
+def propagate(problem: Problem, frame: Frame, values: Tensor, weights: Tensor | None, sums: Tensor) -> None:
     """Add `sum_j S_ij v_j` of all keys to each query's row.
 
     Args:
         problem: the operands.
+        frame: its frame.
         values: [M, C + 1] v = w [c, 1].
         weights: [M] w, or None: 1.
         sums: [B, C + 1].
 
     """
-    given = _Given(problem, frame_of(problem), values, weights, num_tiles=1)
+    given = _Given(problem, frame, values, weights, num_tiles=1)
     given.library.scinet_gaussian_forward(ctypes.byref(given.problem), _POINTER(pointer(sums)))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scinet_kernels import reference
-from scinet_kernels.tiling import Problem, Walk
+from scinet_kernels.tiling import Problem, Walk, frame_of
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def select(problem: Problem, k: int) -> Tensor:
     closeness = problem.queries.new_full((len(problem.queries), k), -torch.inf, dtype=problem.dtype)
     index = torch.full_like(closeness, len(problem.keys), dtype=torch.int64)
     weights = problem.pairs.key_weights
-    for tile, _, _, exponents in Walk(plain, num_tiles=1):
+    for tile, _, _, exponents in Walk(plain, frame_of(plain), num_tiles=1):
         if weights is not None:
             exponents.masked_fill_(~(weights[tile.columns] > 0), -torch.inf)
         columns = _largest(exponents, k)

@@ -151,17 +151,18 @@ class Tile:
 class Walk:
     """The tiles of a problem, with operands packed into a workspace that every call of this thread reuses."""
 
-    def __init__(self, problem: Problem, num_tiles: int) -> None:
+    def __init__(self, problem: Problem, frame: Frame, num_tiles: int) -> None:
         """Take the workspace.
 
         Args:
             problem: the operands.
+            frame: its frame.
             num_tiles: buffers of a tile's size; the first holds the exponents.
 
         """
         self.problem = problem
         dtype, width = problem.dtype, problem.queries.shape[1] + 2
-        self.frame = frame_of(problem)
+        self.frame = frame
         self._matches = _Matches(problem.pairs)
         inner, outer = self._shape = _tile_shape(problem, width, num_tiles)
         sizes = [inner * width, outer * width, *[inner * outer] * num_tiles]
