@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scinet_kernels import compiled_tiles, gaussian_mass, gaussian_propagate, native
+from scinet_kernels import compiled_tiles, gaussian_mass, gaussian_propagate
+from tests.kernels.inner_loops import inner_loops
 
 MODEST = settings(deadline=None, max_examples=60)
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 16, 17, 31, 40])
@@ -24,12 +25,9 @@ SEEDS = st.integers(0, 2**31)
 
 @pytest.fixture(params=["C", "C, small tiles", "PyTorch"], scope="module", autouse=True)
 def _path(request: pytest.FixtureRequest) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "PyTorch":
-            patch.setattr(native, "library", lambda dtype: None)
-        else:
-            assert native.library(torch.float32) is not None, "the C routines were not built: is gcc installed?"
-        if request.param == "C, small tiles":
+    language, _, size = request.param.partition(", ")
+    with inner_loops(language) as patch:
+        if size == "small tiles":
             patch.setattr(compiled_tiles, "_TILE_ROWS", ((0, 4),))
             patch.setattr(compiled_tiles, "_TILE_COLUMNS", ((0, 8),))
         yield

@@ -13,19 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scinet_kernels import PearsonState, native, pearson, tiling
+from scinet_kernels import PearsonState, pearson, tiling
 from scinet_kernels.moments import BLOCK_ROWS, column_sums, moments
+from tests.kernels.inner_loops import inner_loops
 
 EDGES = [0, 1, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 2 * BLOCK_ROWS + 77]
 
 
 @pytest.fixture(params=["C", "PyTorch"], scope="module", autouse=True)
 def _path(request: pytest.FixtureRequest) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "PyTorch":
-            patch.setattr(native, "library", lambda dtype: None)
-        else:
-            assert native.library(torch.float32) is not None, "the C routines were not built: is gcc installed?"
+    with inner_loops(request.param):
         yield
 
 
