@@ -12,6 +12,9 @@ from PIL import Image, UnidentifiedImageError
 
 from scinet.errors import DataError
 
+IMAGE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+"""Extension of an image in a shard to Pillow's name of its format: the only ones that are written, read and decoded."""
+
 # what Pillow's decoders raise on files that were made to break them
 _UNDECODABLE = (
     OSError,

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scinet.data.card import DataCard
+from scinet.data.images import IMAGE_FORMATS
 from scinet.errors import DataError
-
-IMAGE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-"""Extension of an image member to Pillow's name of its format; with ``json`` the closed list of members."""
 
 LABELS = "json"
 _MEMBER = re.compile(rf"([^./]+)\.({'|'.join([*IMAGE_FORMATS, LABELS])})")

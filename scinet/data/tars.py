@@ -14,7 +14,9 @@ from typing import Any, Protocol
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+from scinet.data.images import IMAGE_FORMATS
+
+IMAGE_EXTENSIONS = tuple(IMAGE_FORMATS)
 _READ_EXTENSIONS = (*IMAGE_EXTENSIONS, "json")
 _BLOCK = 512
 _LARGEST_EXTENDED_HEADER = 64 * 2**10

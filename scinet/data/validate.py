@@ -22,8 +22,8 @@ from PIL import Image
 from scinet.data import card as data_card
 from scinet.data.card import SPLITS, DataCard, Shard
 from scinet.data.findings import NUM_EXAMPLES, Findings
-from scinet.data.images import opened
-from scinet.data.members import IMAGE_FORMATS, LABELS, Labels, StoredMembers, in_parallel, parse_labels, stored_members
+from scinet.data.images import IMAGE_FORMATS, opened
+from scinet.data.members import LABELS, Labels, StoredMembers, in_parallel, parse_labels, stored_members
 from scinet.errors import DataError
 
 Hashes = npt.NDArray[np.uint64]

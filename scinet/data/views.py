@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from scinet.data.images import opened
+from scinet.data.images import IMAGE_FORMATS, opened
 from scinet.data.masks import derive
 
 VIEW_NAMES = ("weak", "medium", "strong")
-SHARD_FORMATS = ("JPEG", "PNG", "WEBP")  # the decoders that a shard may reach; others of Pillow's start programs
+SHARD_FORMATS = tuple(IMAGE_FORMATS.values())  # the decoders that a shard may reach; others of Pillow's start programs
 _RANDAUGMENT_OPS = {"weak": 0, "medium": 1, "strong": 3}
 _CUTOUT_AREA = (0.05, 0.2)
 

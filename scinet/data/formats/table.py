@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scinet.data.images import opened
+from scinet.data.images import IMAGE_FORMATS, opened
 from scinet.data.shards import RawSample
 from scinet.errors import ConfigError, DataError, nearest
 
-_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_EXTENSIONS = {kind: extension for extension, kind in IMAGE_FORMATS.items()}
 
 
 @dataclass(frozen=True)
