@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scinet import bench_cli
+from scinet import bench_cli, data_tools_cli
 from scinet.errors import ConfigError, ScinetError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -20,6 +20,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Make and look at data sets.")
 build_app = typer.Typer(no_args_is_help=True, help="Write a source as WebDataset shards with a data card.")
 app.add_typer(data_app, name="data")
 data_app.add_typer(build_app, name="build")
+data_tools_cli.register(data_app)
 app.add_typer(bench_cli.app, name="bench")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not hold anything yet.")]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from scinet.data import sources
+from scinet.data import mask_file, sources
 from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import SPLITS, DataCard
 from scinet.data.views import VIEW_NAMES, Views
@@ -50,9 +51,12 @@ def check(options: Options) -> DataCard:
 
     Raises:
         ConfigError: if the folder is missing, or its address cannot be opened as it is written.
-        DataError: if it is damaged.
+        DataError: if it is damaged, or the mask of ``data.mask_file`` lacks a training sample.
     """
-    return sources.read_card(options.data)
+    card = sources.read_card(options.data)
+    if options.data.mask_file:
+        mask_file.check_covers(Path(options.data.mask_file), card)
+    return card
 
 
 def share_of(options: Options, ranks: Ranks) -> Share:
@@ -78,7 +82,7 @@ def gather(options: Options, ranks: Ranks, progress: Callable[[str, int, int], N
         ConfigError: if data or weights cannot be had.
         DataError: if a shard or an image is damaged.
     """
-    card = check(options)
+    card = sources.read_card(options.data)
     if options.method is not Method.zero_shot:
         share_of(options, ranks).steps(card.split("train").num_samples)  # refused now rather than after minutes
     cache = cache_directory(options.data.cache_dir)

@@ -114,6 +114,7 @@ class DataOptions:
     known_ratio: float = option(0.3, "share of the (image, class) cells whose label is known", low=0.0, high=1.0)
     single_positive: bool = option(False, "keep one positive an image and nothing else, instead of known_ratio")
     mask_seed: int = option(0, "seed of the label mask; masks of one seed are nested over known_ratio", low=0)
+    mask_file: str = option("", "label mask of `scinet data mask --out`, instead of known_ratio and mask_seed")
     lanes: int = option(16, "streams an epoch is cut into; best a multiple of ranks x workers", low=1, high=4096)
     workers: int = option(0, "loader processes a rank", low=0, high=64)
     smallest_crop: float = option(0.5, "smallest share of the area that a random crop keeps", low=0.01, high=1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -139,6 +140,8 @@ def describe(run: RunDirectory, options: Options, *, weights_sha256: str, card_s
         "weights_sha256": weights_sha256,
         "data_card_sha256": card_sha256,
     }
+    if options.data.mask_file:
+        environment["mask_file_sha256"] = hashlib.sha256(Path(options.data.mask_file).read_bytes()).hexdigest()
     write_text(run.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from scinet.data import mask_file
 from scinet.data.card import DataCard
 from scinet.data.masks import derive, observe
 from scinet.data.stream import BadSamples, Order, SampleStream, StoredSample
@@ -127,12 +129,15 @@ class Mask:
     """The label mask of a run, applied to one sample at a time."""
 
     def __init__(self, options: DataOptions) -> None:
-        """Take the known ratio and the mask seed."""
+        """Take the known ratio and the mask seed, or the file."""
         self._options = options
+        self._table = mask_file.load(Path(options.mask_file)) if options.mask_file else None
 
     def __call__(self, truth: npt.NDArray[np.int8], sample_id: str) -> npt.NDArray[np.int8]:
         """Return observed [C] int8 from truth [C] int8."""
         options = self._options
+        if self._table is not None:
+            return self._table.observe(sample_id)
         return observe(
             truth,
             sample_id,
@@ -191,6 +196,7 @@ class ImageBatches:
         """Check that the batches divide; nothing is read yet."""
         self._card, self._options, self._views, self._share, self._seed = card, options, views, share, seed
         self._view_names = tuple(view_names)
+        self._mask = Mask(options)
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
         self.has_gaps = share.trains_last or options.on_bad_sample is OnBadSample.skip
@@ -202,7 +208,7 @@ class ImageBatches:
         options, share = self._options, self._share
         length, start = share.length(self.num_samples), start_step * share.global_batch_size
         order = Order(self._seed, epoch, options.lanes, options.shuffle_window, length, start)
-        decoder = _Decoder(self._views, self._view_names, Mask(options), self._seed, epoch)
+        decoder = _Decoder(self._views, self._view_names, self._mask, self._seed, epoch)
         stream = SampleStream(
             self._card,
             "train",
@@ -278,7 +284,11 @@ class FeatureBatches:
         """Mask the labels once; they do not change."""
         self._features, self._num_views, self._share, self._seed = features, num_views, share, seed
         mask = Mask(options)
-        rows = [mask(row.numpy(), name) for row, name in zip(features.truth, features.ids, strict=True)]
+        # a row without a sample has no id, which a mask file would miss, and no label
+        rows = [
+            mask(row.numpy(), name) if name else row.numpy()
+            for row, name in zip(features.truth, features.ids, strict=True)
+        ]
         self._observed = torch.from_numpy(np.stack(rows))
         self.num_samples = len(features.ids)
         self.steps_per_epoch = share.steps(self.num_samples)

@@ -93,12 +93,13 @@ def write(
     temporary.rename(directory / CARD_NAME)
 
 
-def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
+def read(directory: Path, *, prepare: str = "scinet data build", checks_shards: bool = True) -> DataCard:
     """Return the card of a folder after checking that it and its shards are there.
 
     Args:
         directory: a folder written by ``scinet data build``.
         prepare: the command that makes it, named when it is missing.
+        checks_shards: whether a shard that is missing or has another size is an error here.
 
     Raises:
         ConfigError: if the folder or the card is missing.
@@ -112,10 +113,19 @@ def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
         )
     if not path.is_file():
         raise ConfigError(f"{directory} holds no {CARD_NAME}, so it is no finished data set: make it with `{prepare}`")
-    return parse(path.read_bytes(), str(path), prepare=prepare, directory=directory)
+    content = path.read_bytes()
+    return parse(content, str(path), prepare=prepare, directory=directory, checks_shards=checks_shards)
 
 
-def parse(content: bytes, where: str, *, prepare: str, directory: Path | None = None, url: str = "") -> DataCard:
+def parse(
+    content: bytes,
+    where: str,
+    *,
+    prepare: str,
+    directory: Path | None = None,
+    url: str = "",
+    checks_shards: bool = True,
+) -> DataCard:
     """Return the card that a file holds.
 
     Args:
@@ -124,6 +134,7 @@ def parse(content: bytes, where: str, *, prepare: str, directory: Path | None = 
         prepare: the command that makes it.
         directory: of the shards, which must be there; None where they are not local.
         url: their prefix in that case.
+        checks_shards: whether counts and shards that do not fit are an error here.
 
     Raises:
         DataError: if it is no card, or does not fit its shards.
@@ -145,7 +156,8 @@ def parse(content: bytes, where: str, *, prepare: str, directory: Path | None = 
         raise DataError(
             f"{where} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
         ) from error
-    _check(card, where)
+    if checks_shards:
+        _check(card, where)
     return card
 
 

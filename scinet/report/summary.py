@@ -44,7 +44,7 @@ def write(
     shown = evaluation["selected"]["teacher"] if "selected" in evaluation else evaluation["zero_shot"]
     return write_report(
         directory.path,
-        title=f"{options.name}: {options.method.value} on {card.name}, {options.data.known_ratio:.0%} of labels known",
+        title=f"{options.name}: {options.method.value} on {card.name}, {_known(options.data)}",
         summary=headline(options, evaluation),
         history=history,
         class_names=list(card.class_names),
@@ -54,6 +54,12 @@ def write(
         label_correlation=None if correlation is None else correlation.numpy(),
         examples=_examples(card, scores, options.data),
     )
+
+
+def _known(data: DataOptions) -> str:
+    if data.mask_file:
+        return f"labels known as in {Path(data.mask_file).name}"
+    return "one positive an image known" if data.single_positive else f"{data.known_ratio:.0%} of labels known"
 
 
 def headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
