@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import signal
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
 
 from scinet.data import mask_file
 from scinet.data.batch import Batch, BatchSource, FeatureBatches, Features, ImageBatches, Share
@@ -178,6 +182,24 @@ def test_place_stays_empty_when_a_bad_sample_is_skipped(
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2, "each is named once, in however many epochs"
     assert all("cannot be decoded" in warning and ".tar" in warning for warning in warnings)
+
+
+class _Killer(Views):
+    """Views whose third image costs the process its life."""
+
+    def random(self, image: Image.Image, name: str, *, seed: int, epoch: int, sample_id: str) -> Tensor:
+        if sample_id == "train-0003":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().random(image, name, seed=seed, epoch=epoch, sample_id=sample_id)
+
+
+@pytest.mark.timeout(60)
+def test_remedy_is_said_when_a_loader_process_is_killed(shards: DataCard) -> None:
+    views = _Killer(8, Normalisation((0.5,) * 3, (0.5,) * 3), smallest_crop=0.5)
+    options = dataclasses.replace(OPTIONS, workers=1)
+    source = ImageBatches(shards, options, views, ("weak",), Share(0, 1, 7, 1), seed=5)
+    with pytest.raises(DataError, match=r"killed by signal.*lower data\.workers"):
+        _samples(source, 1)
 
 
 def test_sharing_is_said_once_when_there_are_fewer_shards_than_readers(
