@@ -124,7 +124,7 @@ class DataOptions:
     cache_dir: str = option("", "where derived files go; empty: $XDG_CACHE_HOME/scinet")
     on_bad_sample: OnBadSample = option(OnBadSample.stop, "stop the run at a damaged sample, or skip and count it")
     max_bad_fraction: float = option(0.01, "share of skipped samples beyond which a run stops", low=0.0, high=1.0)
-    timeout_s: float = option(60.0, "longest wait for the next bytes of a remote source, retries included", low=0.1)
+    timeout_s: float = option(60.0, "longest wait for the next 64 KiB of a remote source, retries included", low=0.1)
     retries: int = option(3, "further attempts to read a source that fails, after 0.25, 0.5, 1, ... s", low=0, high=100)
     cache_shards: str = option("", "local folder that keeps remote shards, checked by SHA-256; empty: none")
     allow_pipe: bool = option(False, "let `data.path` start with `pipe:`, which runs its text in a shell")

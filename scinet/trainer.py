@@ -110,13 +110,16 @@ class Trainer:
         """Start b so that the mean probability on the first batch is the label density (method.md section 2)."""
         if network.bias is None:
             return
-        batch = next(self._source.epoch(0)).to(self._ranks.device)
-        with torch.no_grad():
-            logits = gather_rows(network(batch.inputs[: len(batch.observed)]).logits, self._ranks).double()
-        valid = gather_rows(batch.valid, self._ranks)
-        if not valid.any():
+        micro = islice(self._source.epoch(0), self._options.train.accumulation_steps)
+        rows: list[tuple[Tensor, Tensor]] = []
+        for batch in (batch.to(self._ranks.device) for batch in micro):
+            with torch.no_grad():
+                logits = gather_rows(network(batch.inputs[: len(batch.observed)]).logits, self._ranks).double()
+            valid = gather_rows(batch.valid, self._ranks)
+            rows.append((logits[valid], gather_rows(batch.observed, self._ranks)[valid]))
+        logits, observed = (torch.cat(column) for column in zip(*rows, strict=True))
+        if not len(logits):
             return
-        logits, observed = logits[valid], gather_rows(batch.observed, self._ranks)[valid]
         positives, negatives = (observed > 0).sum(), (observed < 0).sum()
         # without a known negative the density among known cells would be 1
         cells = positives + negatives if negatives else torch.tensor(observed.numel())

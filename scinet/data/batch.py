@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from scinet.data.card import DataCard
 from scinet.data.masks import derive, observe
 from scinet.data.stream import BadSamples, Order, SampleStream, StoredSample
 from scinet.data.views import SHARD_FORMATS, Views, decode
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions, OnBadSample
 
 _log = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ class ImageBatches:
         )
         loader = DataLoader(stream, batch_size=None, num_workers=options.workers)
         rows = (self.steps_per_epoch - start_step) * share.global_batch_size // share.world_size
-        examples = chain(map(self._bad.checked, loader), repeat(None))
+        examples = chain(map(self._bad.checked, _loaded(loader)), repeat(None))
         for _ in range(rows // share.micro_batch_size):
             yield self._collate(list(islice(examples, share.micro_batch_size)))
 
@@ -235,6 +235,17 @@ class ImageBatches:
             ids=tuple(e.sample_id if e else "" for e in examples),
             valid=torch.tensor([e is not None for e in examples]),
         )
+
+
+def _loaded(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield what a loader gives, and say it in a sentence if one of its processes is killed."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(f"{reason} If memory ran out, lower data.workers or data.shuffle_window") from error
 
 
 def _dense(rows: list[_Cells | None], num_classes: int) -> Tensor:
@@ -284,7 +295,11 @@ class FeatureBatches:
         """Mask the labels once; they do not change."""
         self._features, self._num_views, self._share, self._seed = features, num_views, share, seed
         mask = Mask(options)
-        rows = [mask(row.numpy(), name) for row, name in zip(features.truth, features.ids, strict=True)]
+        # a row without a sample has no id, which a mask file would miss, and no label
+        rows = [
+            mask(row.numpy(), name) if name else row.numpy()
+            for row, name in zip(features.truth, features.ids, strict=True)
+        ]
         self._observed = torch.from_numpy(np.stack(rows))
         self.num_samples = len(features.ids)
         self.steps_per_epoch = share.steps(self.num_samples)

@@ -1,6 +1,6 @@
 """Bytes of a remote file as one stream that survives dropped connections and never waits without end.
 
-Every read of a block has ``timeout_s`` in all: attempts, back-off between them and a stalled attempt's wait. After a
+Every block of 64 KiB has ``timeout_s`` in all: attempts, back-off between them, waits, and bytes that drip. After a
 drop the file is opened again at the byte where it stopped; who cannot do that gives it from the start, and what was
 had before is read and thrown away.
 """
@@ -26,7 +26,7 @@ class RawBytes(Protocol):
     """An open connection, file or process."""
 
     def read(self, size: int, /) -> bytes:
-        """Return up to ``size`` bytes, none at the end."""
+        """Return up to ``size`` bytes as soon as there are any, none at the end."""
         ...
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class RemoteStream:
         Args:
             url: names it in messages.
             opened: opens it.
-            timeout_s: longest wait for a block.
+            timeout_s: longest wait for a block of 64 KiB.
             retries: further attempts in a row without a new byte.
             size: bytes it must have, or None: as many as it says.
             sha256: what its bytes must hash to; checked by :meth:`finish`.
@@ -68,6 +68,7 @@ class RemoteStream:
         self._at = 0  # offset of the next byte for the buffer
         self._buffer = bytearray()
         self._digest = hashlib.sha256()
+        self._caught_up_s = 0.0  # spent on the current block's earlier bytes
 
     def read(self, size: int) -> bytes:
         """Return ``size`` bytes, fewer only at the file's end.
@@ -111,13 +112,16 @@ class RemoteStream:
             threading.Thread(target=_close, args=(raw,), daemon=True).start()
 
     def _block(self) -> bytes:
-        """Return the next bytes, however many attempts they take, or none at the end."""
-        deadline = time.monotonic() + self._timeout_s
+        """Return the next block, however many attempts it takes; a shorter one, or none, at the end."""
+        started = time.monotonic()
+        self._caught_up_s = 0.0
+        block = bytearray()
         attempt = 0
-        while True:
+        while len(block) < BLOCK_BYTES:
+            deadline = started + self._timeout_s + self._caught_up_s
             limit = min(self._timeout_s / (self._retries + 1), deadline - time.monotonic())
             try:
-                block = self._attempt(limit)
+                piece = self._attempt(limit)
             except (OSError, EOFError) as error:
                 self.close()
                 pause = FIRST_PAUSE_S * 2**attempt
@@ -125,27 +129,40 @@ class RemoteStream:
                 if attempt > self._retries or time.monotonic() + pause >= deadline:
                     raise DataError(self._failure(attempt, error)) from error
                 time.sleep(pause)
-            else:
-                self._digest.update(block)
-                self._at += len(block)
-                return block
+                continue
+            if not piece:
+                break
+            attempt = 0
+            self._digest.update(piece)
+            self._at += len(piece)
+            block += piece
+        return bytes(block)
 
     def _attempt(self, limit_s: float) -> bytes:
-        deadline = time.monotonic() + limit_s
         if self._raw is None:
             self._raw, self._raw_at, size = within(lambda: self._opened(self._at, limit_s), limit_s)
             self._check_size(size)
+            if self._raw_at < self._at:
+                self._catch_up(self._raw, limit_s)
         raw = self._raw
-        while self._raw_at < self._at:  # who ignores the offset begins anew
-            passed = within(lambda: raw.read(min(BLOCK_BYTES, self._at - self._raw_at)), deadline - time.monotonic())
-            if not passed:
-                raise EOFError("it ended early")
-            self._raw_at += len(passed)
-        block = within(lambda: raw.read(BLOCK_BYTES), deadline - time.monotonic())
+        block = within(lambda: raw.read(BLOCK_BYTES), limit_s)
         if not block and self._size is not None and self._at < self._size:
             raise EOFError("it ended early")
         self._raw_at += len(block)
         return block
+
+    def _catch_up(self, raw: RawBytes, limit_s: float) -> None:
+        """Pass over what was had before, where the source begins anew; that takes its time, but not a drip's."""
+        started = time.monotonic()
+        slowest_s = self._timeout_s * (1 + (self._at - self._raw_at) / BLOCK_BYTES)
+        while self._raw_at < self._at:
+            passed = within(lambda: raw.read(min(BLOCK_BYTES, self._at - self._raw_at)), limit_s)
+            if not passed:
+                raise EOFError("it ended early")
+            if time.monotonic() - started > slowest_s:
+                raise TimeoutError("too slow")
+            self._raw_at += len(passed)
+        self._caught_up_s += time.monotonic() - started
 
     def _check_size(self, size: int | None) -> None:
         if size is None or self._size == size:
@@ -157,9 +174,7 @@ class RemoteStream:
         self._size = size
 
     def _failure(self, attempts: int, error: Exception) -> str:
-        what = (
-            f"gave no byte for {self._timeout_s:g} s" if isinstance(error, TimeoutError) else f"failed: {_told(error)}"
-        )
+        what = f"stalled for {self._timeout_s:g} s" if isinstance(error, TimeoutError) else f"failed: {_told(error)}"
         of = f" of {self._size}" if self._size else ""
         return (
             f"{self._url} {what} (at byte {self._at}{of}, {attempts} attempts; data.timeout_s={self._timeout_s:g}, "

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from scinet.data.images import IMAGE_FORMATS
+from scinet.errors import DataError
 
 IMAGE_EXTENSIONS = tuple(IMAGE_FORMATS)
 _READ_EXTENSIONS = (*IMAGE_EXTENSIONS, "json")
@@ -71,27 +72,27 @@ def samples(stream: Stream, url: str, numbers: Sequence[int], *, largest_member:
 
 def _members(stream: Stream, url: str, numbers: Sequence[int], largest_member: int) -> Iterator[dict[str, Any]]:
     """Yield the members of the wanted samples; after each sample an empty dictionary, which ends its group."""
-    tar = _Tar(stream)
     wanted = iter(numbers)
     next_wanted = next(wanted, None)
-    number, key, members = -1, "", 0
-    while next_wanted is not None and (member := tar.next()) is not None:
-        if not member.is_regular or len(member.name) > _LONGEST_NAME or _META.match(member.name):
-            continue
-        prefix, extension = base_plus_ext(member.name)
-        if prefix is None:
-            continue
-        if prefix != key:
+    tar, number, key = _Tar(stream), -1, ""
+    extensions: list[str] = []  # of the sample that is being read
+    try:
+        while next_wanted is not None and (found := tar.next_named()) is not None:
+            member, prefix, extension = found
+            if prefix != key:
+                if number == next_wanted:
+                    yield {}
+                    next_wanted = next(wanted, None)
+                number, key, extensions = number + 1, prefix, []
             if number == next_wanted:
-                yield {}
-                next_wanted = next(wanted, None)
-            number, key, members = number + 1, prefix, 0
-        if number == next_wanted:
-            members += 1
-            if members > _MOST_MEMBERS:
-                raise tarfile.ReadError(f"sample '{printable(key)}' has more than {_MOST_MEMBERS} members")
-            data = _content(tar, member, extension.lower(), largest_member)
-            yield {"fname": member.name, "data": data, "__url__": url}
+                if len(extensions) == _MOST_MEMBERS:
+                    raise tarfile.ReadError(f"sample '{printable(key)}' has more than {_MOST_MEMBERS} members")
+                yield {"fname": member.name, "data": _content(tar, member, extension, largest_member), "__url__": url}
+                extensions.append(extension)
+    except (tarfile.TarError, OSError, ValueError, DataError):
+        if "json" in extensions and not set(extensions).isdisjoint(IMAGE_EXTENSIONS):
+            yield {}  # the damage comes after a whole sample
+        raise
 
 
 def _content(tar: _Tar, member: _Member, extension: str, largest: int) -> bytes | Refused:
@@ -141,6 +142,15 @@ class _Tar:
                 self._extended(info.size)
             else:
                 return self._member(info, given)
+
+    def next_named(self) -> tuple[_Member, str, str] | None:
+        """Return the next member that can belong to a sample, its key and its extension, or None at the end."""
+        while (member := self.next()) is not None:
+            if member.is_regular and len(member.name) <= _LONGEST_NAME and not _META.match(member.name):
+                key, extension = base_plus_ext(member.name)
+                if key is not None:
+                    return member, key, extension.lower()
+        return None
 
     def _member(self, info: tarfile.TarInfo, given: dict[str, str]) -> _Member:
         size = int(given.get("size", info.size))

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import fsspec
-import fsspec.registry
+from fsspec.registry import known_implementations
 
 from scinet.data.remote import Opened, RawBytes
 from scinet.errors import ConfigError
@@ -67,7 +67,7 @@ def check(prefix: str, *, allow_pipe: bool) -> None:
             )
     elif not is_http(prefix):
         scheme = prefix.partition(":")[0].lower()
-        known = fsspec.registry.known_implementations.get(scheme)
+        known = known_implementations.get(scheme)
         try:
             fsspec.get_filesystem_class(scheme)
         except ValueError as error:
@@ -121,18 +121,10 @@ class _HttpBytes:
         self._response = response
 
     def read(self, size: int, /) -> bytes:
-        content = bytearray()
-        while len(content) < size:
-            try:
-                piece = self._response.read1(size - len(content))
-            except (http.client.HTTPException, OSError) as error:
-                if content:
-                    break  # what came before counts; the next read meets the error again
-                raise (error if isinstance(error, OSError) else OSError(f"{type(error).__name__} {error}")) from None
-            if not piece:
-                break
-            content += piece
-        return bytes(content)
+        try:
+            return self._response.read1(size)
+        except http.client.HTTPException as error:
+            raise OSError(f"{type(error).__name__} {error}") from None
 
     def close(self) -> None:
         self._response.close()

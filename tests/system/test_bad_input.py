@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.scinet.data.failing_server import FailingServer
+
 ROOT = Path(__file__).resolve().parents[2]
 USAGE, FAILURE = 2, 1
 
@@ -279,3 +281,88 @@ def test_share_outside_its_range_is_named(scinet: Any, tmp_path: Path, option: s
     result = scinet("data", "build", "scenes", "--out", tmp_path / "out", "--count", 10, option, value)
     _assert_one_error(result, USAGE, option, str(value))
     assert not (tmp_path / "out").exists()
+
+
+def test_run_goes_on_when_a_bad_sample_is_skipped(
+    train: Any, small: tuple[str, ...], own_scenes: Path, tmp_path: Path
+) -> None:
+    key = _spoil_image(own_scenes, "train-000001.tar", 3)
+    skip = ("data.on_bad_sample=skip", f"data.path={own_scenes}", "data.cache_features=false", "train.last_batch=train")
+    result = train(*small, *skip, "train.max_steps=6", f"output={tmp_path}", "name=run", "data.max_bad_fraction=0.02")
+    assert result.status == 0, result.err
+    warnings = [line for line in result.err.splitlines() if "skipped: " in line]
+    assert len(warnings) == 1
+    assert key in warnings[0]
+    assert "train-000001.tar" in warnings[0]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss/total" in row]
+    number = json.loads((own_scenes / "dataset.json").read_text())["splits"]["train"]["num_samples"]
+    assert steps[-1]["skipped_samples"] == 1
+    assert steps[-1]["samples_seen"] == number - 1
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_arithmetic_is_said_when_too_many_samples_are_bad(
+    train: Any, small: tuple[str, ...], own_scenes: Path, tmp_path: Path, cached: str
+) -> None:
+    for position in (1, 3, 5, 7):
+        _spoil_image(own_scenes, "train-000000.tar", position)
+    words = ("data.on_bad_sample=skip", f"data.path={own_scenes}", f"data.cache_features={cached}", "train.max_steps=5")
+    result = train(*small, *words, f"output={tmp_path}", "name=run")
+    _assert_one_error(result, FAILURE, "could not be read", "data.max_bad_fraction=0.01")
+
+
+def test_batch_larger_than_the_data_is_refused_before_anything_is_computed(refused: Any, small: Any) -> None:
+    error = refused(
+        USAGE, ["train.global_batch_size=4096", "data.cache_dir=/nonexistent/cache"], "train.last_batch=train"
+    )
+    assert "set at most" in error
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("pipe:cat /data", ["data.allow_pipe=true"]),
+        ("s3://bucket/scenes", ["pip install s3fs"]),
+        ("gopher://host/scenes", ["'gopher://'"]),
+    ],
+)
+def test_address_that_cannot_be_opened_is_named(refused: Any, path: str, names: list[str]) -> None:
+    refused(USAGE, [f"data.path={path}"], path, *names)
+
+
+def test_cache_folder_that_cannot_be_written_is_named(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "cache"
+    refused(
+        USAGE, ["data.path=http://127.0.0.1:9/set", f"data.cache_shards={folder}"], "data.cache_shards", str(folder)
+    )
+
+
+def test_run_is_the_same_when_its_data_come_by_http(
+    train: Any, small: tuple[str, ...], scenes: Path, tmp_path: Path
+) -> None:
+    server = FailingServer(scenes)
+    server.faults["train-000000.tar"] = [("reset", 50_000), ("status", 500)]
+    try:
+        for name, path in (("local", str(scenes)), ("http", server.url)):
+            words = (f"data.path={path}", "data.cache_features=false", f"data.cache_shards={tmp_path / 'cache'}")
+            result = train(*small, *words, f"output={tmp_path}", f"name={name}")
+            assert result.status == 0, result.err
+    finally:
+        server.close()
+    evaluations = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("local", "http")]
+    assert evaluations[0]["last"] == evaluations[1]["last"]
+
+
+def test_source_that_stalls_ends_the_run_in_time(
+    train: Any, small: tuple[str, ...], scenes: Path, tmp_path: Path
+) -> None:
+    server = FailingServer(scenes)
+    server.always["train-000001.tar"] = ("stall", 1000)
+    try:
+        words = (f"data.path={server.url}", "data.cache_features=false", "data.timeout_s=2", "data.workers=2")
+        result = train(*small, *words, f"output={tmp_path}", "name=run")
+    finally:
+        server.close()
+    _assert_one_error(result, FAILURE, "train-000001.tar", "stalled for 2 s")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,14 @@ from torch import Tensor
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 WORKER = Path(__file__).parent / "worker_world_size.py"
-MODES = {1: ("features", "images"), 2: ("features", "images"), 4: ("features",)}
+GAPS = ("short", "skipped")
+MODES = {
+    1: ("features", "images", *GAPS, "skipped-images", "whole-bce", "accumulated-bce"),
+    2: ("features", "images", *GAPS, "skipped-images", "accumulated-bce"),
+    4: ("features", *GAPS),
+}
+STEPS = {"features": 5, "images": 5, "short": 6, "skipped": 6, "skipped-images": 6}
+NUM_SPOILT = 2
 TOLERANCE = 1e-5
 OVERRIDES = (
     "data.cached_variants=2",
@@ -27,12 +37,26 @@ OVERRIDES = (
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory, scenes: Path, launch: Any) -> dict[int, Path]:
+def spoilt(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    """The data set with two training images that cannot be decoded, in the first and in the last shard."""
+    folder = Path(shutil.copytree(scenes, tmp_path_factory.mktemp("spoilt") / "scenes"))
+    for shard in ("train-000000.tar", "train-000002.tar"):
+        with tarfile.open(folder / shard) as tar:
+            member = next(member for member in list(tar)[6:] if member.name.endswith(".jpg"))
+        with (folder / shard).open("r+b") as file:
+            file.seek(member.offset_data)
+            file.write(bytes(member.size))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, scenes: Path, spoilt: Path, launch: Any) -> dict[int, Path]:
     """Folders of what each world size wrote."""
+    own = [f"{mode}:data.path={spoilt}" for mode in ("skipped", "skipped-images", "whole-bce", "accumulated-bce")]
     folders = {}
     for size, modes in MODES.items():
         folders[size] = tmp_path_factory.mktemp(f"ranks-{size}")
-        arguments = (folders[size], ",".join(modes), f"data.path={scenes}", *OVERRIDES)
+        arguments = (folders[size], ",".join(modes), f"data.path={scenes}", *own, *OVERRIDES)
         done = launch("torchrun", "--nproc-per-node", size, WORKER, *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
@@ -58,10 +82,10 @@ def _compare(got: dict[str, Tensor], want: dict[str, Tensor], prefixes: tuple[st
         )
 
 
-@pytest.mark.parametrize(("size", "mode"), [(2, "features"), (2, "images"), (4, "features")])
+@pytest.mark.parametrize(("size", "mode"), [(size, mode) for size in (2, 4) for mode in MODES[size] if mode in STEPS])
 def test_steps_are_equal_when_only_the_number_of_ranks_differs(recorded: dict[int, Path], size: int, mode: str) -> None:
     want, want_rows = _read(recorded[1], mode, 0)
-    assert len(want_rows) == 5
+    assert len(want_rows) == STEPS[mode]
     for rank in range(size):
         got, rows = _read(recorded[size], mode, rank)
         assert [row["ids"] for row in rows] == [row["ids"] for row in want_rows]
@@ -69,7 +93,7 @@ def test_steps_are_equal_when_only_the_number_of_ranks_differs(recorded: dict[in
             for name in want_row.keys() - {"ids"}:
                 assert row[name] == pytest.approx(want_row[name], rel=TOLERANCE, abs=TOLERANCE), name
         _compare(got, want, ("start.",), 1e-6)  # the bias: one bisection over differently batched logits
-        _compare(got, want, ("0.", "1.", "2.", "3.", "4."), TOLERANCE)
+        _compare(got, want, tuple(f"{step}." for step in range(STEPS[mode])), TOLERANCE)
         _compare(got, want, ("end.",), TOLERANCE)
 
 
@@ -89,3 +113,29 @@ def test_teacher_is_equal_to_the_student_at_the_start(recorded: dict[int, Path])
     tensors, _ = _read(recorded[1], "features", 0)
     names = [name.removeprefix("start.student.") for name in tensors if name.startswith("start.student.")]
     assert all(torch.equal(tensors[f"start.student.{name}"], tensors[f"start.teacher.{name}"]) for name in names)
+
+
+@pytest.mark.parametrize(("mode", "num_bad"), [("short", 0), ("skipped", NUM_SPOILT), ("skipped-images", NUM_SPOILT)])
+def test_every_readable_sample_is_trained_once_when_the_last_batch_is_short(
+    recorded: dict[int, Path], scenes: Path, mode: str, num_bad: int
+) -> None:
+    tensors, rows = _read(recorded[1], mode, 0)
+    number = json.loads((scenes / "dataset.json").read_text())["splits"]["train"]["num_samples"]
+    assert number % 16, "the test wants a rest"
+    ids = [name for row in rows for name in row["ids"]]
+    assert ids.count("") == 6 * 16 - number + num_bad
+    assert len(set(ids) - {""}) == number - num_bad
+    assert len(tensors["5.bank.indices"]) == number - num_bad
+    assert (tensors["5.bank.indices"] >= 0).all()
+    assert all(math.isfinite(value) for row in rows for value in (row["loss"], row["gradient_norm"]))
+    assert int(tensors["end.thresholds.place"][1]) == number - num_bad
+
+
+def test_baseline_is_equal_when_a_batch_with_gaps_is_accumulated(recorded: dict[int, Path]) -> None:
+    want, want_rows = _read(recorded[1], "whole-bce", 0)
+    for size in (1, 2):
+        got, rows = _read(recorded[size], "accumulated-bce", 0)
+        assert len(rows) == 2 * len(want_rows)
+        losses = [(first["loss"] + second["loss"]) / 2 for first, second in zip(rows[::2], rows[1::2], strict=True)]
+        assert losses == pytest.approx([row["loss"] for row in want_rows], rel=TOLERANCE)
+        _compare(got, want, ("end.student.",), TOLERANCE)

@@ -1,6 +1,6 @@
 """One rank of the world-size test: trains five steps a mode and writes what must not depend on the number of ranks.
 
-Usage, under torchrun: worker_world_size.py OUT MODE[,MODE] key=value ...
+Usage, under torchrun: worker_world_size.py OUT MODE[,MODE] key=value MODE:key=value ...
 """
 
 from __future__ import annotations
@@ -24,9 +24,17 @@ from scinet.trainer import Trainer
 
 # Features: five steps are the whole run, over the peak of the learning rate. Images: the first five of a longer run;
 # at its peak AdamW makes the rounding of a whole tower's tiny gradients into visible steps within five of them.
+FEATURES = ("model.freeze_image=true", "data.cache_features=true", "train.epochs=1")
+IMAGES = ("model.freeze_image=false", "data.cache_features=false", "train.epochs=20")
+GAPS = ("train.last_batch=train", "data.on_bad_sample=skip", "data.max_bad_fraction=0.1")
 MODES = {
-    "features": ("model.freeze_image=true", "data.cache_features=true", "train.epochs=1"),
-    "images": ("model.freeze_image=false", "data.cache_features=false", "train.epochs=20"),
+    "features": FEATURES,
+    "images": IMAGES,
+    "short": (*FEATURES, "train.last_batch=train"),
+    "skipped": (*FEATURES, *GAPS),
+    "skipped-images": (*IMAGES, *GAPS),
+    "whole-bce": (*FEATURES, *GAPS, "method=bce"),
+    "accumulated-bce": (*FEATURES, *GAPS, "method=bce", "train.accumulation_steps=2"),
 }
 
 
@@ -42,8 +50,6 @@ class Recorder(Trainer):
     def micro_step(self, batch: Batch, epoch: int, size: float) -> Step:
         ranks: Ranks = self._seen_by
         step = super().micro_step(batch, epoch, size)
-        assert step.confidence is not None
-        assert self.fusion is not None
         number = len(self.rows)
         ids: list[Any] = [None] * ranks.world_size
         dist.all_gather_object(ids, batch.ids)
@@ -57,9 +63,13 @@ class Recorder(Trainer):
                 **parts,
             }
         )
+        if self.fusion is None or step.confidence is None:
+            return step
         bank = self.fusion.bank.rows()
         self.tensors |= {
-            f"{number}.confidence": gather_rows(step.confidence.unified.detach(), ranks),
+            f"{number}.confidence": gather_rows(step.confidence.unified.detach(), ranks)[
+                gather_rows(batch.valid, ranks)
+            ],
             f"{number}.thresholds": self.thresholds.thresholds(),
             f"{number}.correlation": self.fusion.correlation.shrunk(),
             f"{number}.bank.embeddings": bank.embeddings.clone(),
@@ -72,7 +82,9 @@ class Recorder(Trainer):
 def main(out: Path, modes: list[str], overrides: list[str]) -> None:
     ranks = initialise(120)
     for mode in modes:
-        options = config.load(None, [*overrides, *MODES[mode]])
+        own = [word.removeprefix(f"{mode}:") for word in overrides if word.startswith(f"{mode}:")]
+        shared = [word for word in overrides if word.partition(":")[0] not in MODES]
+        options = config.load(None, [*shared, *own, *MODES[mode]])
         made = materials.gather(options, ranks, lambda *_: None)
         trainer = Recorder(options, made, ranks, MetricsLog(None), Silence())
         start = {f"start.student.{name}": value for name, value in trainer.student_state().items()}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
+import signal
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -11,16 +15,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
 
 from scinet.data import mask_file
 from scinet.data.batch import Batch, BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import DataCard
 from scinet.data.mask_file import Header, Row
 from scinet.data.masks import observe
+from scinet.data.shards import RawSample
 from scinet.data.stream import Order, SampleStream
 from scinet.data.views import Normalisation, Views, decode
 from scinet.errors import ConfigError, DataError
-from scinet.options import DataOptions
+from scinet.options import DataOptions, OnBadSample
 from tests.scinet.conftest import MakeShards
 
 VIEWS = Views(8, Normalisation((0.5,) * 3, (0.5,) * 3), smallest_crop=0.5)
@@ -49,12 +56,12 @@ def features() -> Features:
 def _rows(batch: Batch, num_views: int) -> list[tuple[object, ...]]:
     """Return each sample of a batch as something that can be compared."""
     views = batch.inputs.reshape(num_views, -1, *batch.inputs.shape[1:]).transpose(0, 1)
-    columns = (views, batch.observed, batch.truth, batch.index)
+    columns = (views, batch.observed, batch.truth, batch.index, batch.valid)
     return [(name, *(column[row].tolist() for column in columns)) for row, name in enumerate(batch.ids)]
 
 
-def _samples(source: BatchSource, num_views: int, epoch: int = 0) -> list[tuple[object, ...]]:
-    return list(chain.from_iterable(_rows(batch, num_views) for batch in source.epoch(epoch)))
+def _samples(source: BatchSource, num_views: int, epoch: int = 0, start_step: int = 0) -> list[tuple[object, ...]]:
+    return list(chain.from_iterable(_rows(batch, num_views) for batch in source.epoch(epoch, start_step)))
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), SHARES)
@@ -85,6 +92,124 @@ def test_feature_batches_of_all_ranks_are_those_of_one_when_interleaved(
         assert mine.steps_per_epoch == 2
         assert [len(b.ids) for b in mine.epoch(0)] == [12 // world_size // accumulation] * (2 * accumulation)
         assert _samples(mine, 3) == alone[rank::world_size]
+
+
+Make = Callable[[Share, DataOptions], BatchSource]
+
+
+@pytest.fixture(params=["images", "features"])
+def make_source(request: pytest.FixtureRequest, shards: DataCard, features: Features) -> Make:
+    def make(share: Share, options: DataOptions) -> BatchSource:
+        if request.param == "images":
+            return ImageBatches(shards, options, VIEWS, ("weak", "strong"), share, seed=5)
+        return FeatureBatches(features, options, 2, share, seed=5)
+
+    return make
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), SHARES)
+def test_last_batch_is_equal_at_any_share_when_it_is_trained(
+    make_source: Make, world_size: int, accumulation: int
+) -> None:
+    whole = _samples(make_source(Share(0, 1, 12, 1), OPTIONS), 2)
+    alone = _samples(make_source(Share(0, 1, 12, 1, trains_last=True), OPTIONS), 2)
+    assert alone[:24] == whole
+    assert len(alone) == 36
+    assert [row[-1] for row in alone] == [True] * 29 + [False] * 7
+    assert len({row[0] for row in alone[:29]}) == 29
+    for name, views, observed, truth, index, _ in alone[29:]:
+        assert (name, index) == ("", -1)
+        assert not np.any(views)
+        assert not np.any(observed)
+        assert not np.any(truth)
+    for rank in range(world_size):
+        mine = make_source(Share(rank, world_size, 12, accumulation, trains_last=True), OPTIONS)
+        assert mine.steps_per_epoch == 3
+        assert mine.has_gaps
+        assert [len(b.ids) for b in mine.epoch(0)] == [12 // world_size // accumulation] * (3 * accumulation)
+        assert _samples(mine, 2) == alone[rank::world_size]
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 2, 3])
+@pytest.mark.parametrize("trains_last", [True, False])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (3, 2)])
+def test_epoch_goes_on_with_the_very_next_sample_when_it_begins_at_a_step(
+    make_source: Make, world_size: int, accumulation: int, start_step: int, *, trains_last: bool
+) -> None:
+    whole = _samples(make_source(Share(0, 1, 12, 1, trains_last=trains_last), OPTIONS), 2, epoch=1)
+    for rank in range(world_size):
+        share = Share(rank, world_size, 12, accumulation, trains_last=trains_last)
+        rest = _samples(make_source(share, OPTIONS), 2, epoch=1, start_step=start_step)
+        assert rest == whole[start_step * 12 :][rank::world_size]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_epoch_is_equal_when_loader_processes_begin_at_a_step(shards: DataCard, workers: int) -> None:
+    share = Share(1, 2, 6, 1, trains_last=True)
+    alone = ImageBatches(shards, OPTIONS, VIEWS, ("weak",), share, seed=5)
+    loaded = ImageBatches(shards, dataclasses.replace(OPTIONS, workers=workers), VIEWS, ("weak",), share, seed=5)
+    assert _samples(loaded, 1, epoch=2, start_step=1) == _samples(alone, 1, epoch=2, start_step=1)
+
+
+@pytest.fixture(scope="module")
+def spoilt(make_shards: MakeShards, make_samples: Callable[..., list[RawSample]]) -> DataCard:
+    samples = make_samples(29)
+    for number in (3, 11):
+        samples[number] = dataclasses.replace(samples[number], image=b"no image")
+    return make_shards(samples=samples, shard_samples=6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_place_stays_empty_when_a_bad_sample_is_skipped(
+    shards: DataCard, spoilt: DataCard, world_size: int, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _samples(ImageBatches(shards, OPTIONS, VIEWS, ("weak",), Share(0, 1, 6, 1, trains_last=True), seed=5), 1)
+    options = dataclasses.replace(OPTIONS, on_bad_sample=OnBadSample.skip, workers=workers)
+    parts = []
+    for rank in range(world_size):
+        source = ImageBatches(
+            spoilt, options, VIEWS, ("weak",), Share(rank, world_size, 6, 1, trains_last=True), seed=5
+        )
+        parts.append(_samples(source, 1))
+        assert _samples(source, 1) == parts[-1]
+    found = [parts[place % world_size][place // world_size] for place in range(30)]
+    for row, want in zip(found, whole, strict=True):
+        bad = want[0] in ("train-0003", "train-0011")
+        assert row[0] == ("" if bad else want[0])
+        assert row[-1] == (want[-1] and not bad)
+        assert bad or row == want
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2, "each is named once, in however many epochs"
+    assert all("cannot be decoded" in warning and ".tar" in warning for warning in warnings)
+
+
+class _Killer(Views):
+    """Views whose third image costs the process its life."""
+
+    def random(self, image: Image.Image, name: str, *, seed: int, epoch: int, sample_id: str) -> Tensor:
+        if sample_id == "train-0003":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().random(image, name, seed=seed, epoch=epoch, sample_id=sample_id)
+
+
+@pytest.mark.timeout(60)
+def test_remedy_is_said_when_a_loader_process_is_killed(shards: DataCard) -> None:
+    views = _Killer(8, Normalisation((0.5,) * 3, (0.5,) * 3), smallest_crop=0.5)
+    options = dataclasses.replace(OPTIONS, workers=1)
+    source = ImageBatches(shards, options, views, ("weak",), Share(0, 1, 7, 1), seed=5)
+    with pytest.raises(DataError, match=r"killed by signal.*lower data\.workers"):
+        _samples(source, 1)
+
+
+def test_sharing_is_said_once_when_there_are_fewer_shards_than_readers(
+    shards: DataCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for rank in range(8):
+        ImageBatches(shards, OPTIONS, VIEWS, ("weak",), Share(rank, 8, 8, 1), seed=5)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "8 ranks x 1 loader workers = 8 readers share 4 lanes of 5 shards" in message
 
 
 def test_image_batch_holds_the_sample_it_names_when_read(shards: DataCard) -> None:

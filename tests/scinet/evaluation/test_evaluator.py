@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from scinet.data import card as data_card
 from scinet.data.batch import Features
+from scinet.data.card import DataCard
+from scinet.data.shards import RawSample
 from scinet.data.views import Normalisation, Views
 from scinet.distributed import Ranks
+from scinet.errors import DataError
 from scinet.evaluation.evaluator import PlainSplit
 from scinet.model.network import Output
+from scinet.options import DataOptions, OnBadSample
 from tests.scinet.conftest import MakeShards
 
 
@@ -32,36 +37,73 @@ class _Forward:
         return Output(rows[:, :3], rows)
 
 
-def _score(folder: Path, ranks: Ranks, *, from_features: bool) -> dict[str, Tensor]:
+SKIP = DataOptions(on_bad_sample=OnBadSample.skip)
+NUM_SAMPLES = (2, 5, 65 * 3 - 2)
+
+
+def _score(folder: Path, ranks: Ranks, *, from_features: bool, options: DataOptions | None = None) -> dict[str, Tensor]:
     card = data_card.read(folder, prepare="")
     number = card.split("train").num_samples
     rows = torch.arange(number * 4.0).view(number, 4) / 100
     truth = torch.arange(number * 3).view(number, 3).to(torch.int8) % 2
     features = Features(torch.empty(0), rows, truth, torch.arange(number), ()) if from_features else None
     views = Views(32, Normalisation((0.5,) * 3, (0.5,) * 3), smallest_crop=0.5)
-    return dataclasses.asdict(PlainSplit(card, "train", views, features).score(_Forward(), ranks))
+    return dataclasses.asdict(PlainSplit(card, "train", views, features, options=options).score(_Forward(), ranks))
 
 
-def _on_rank(rank: int, world_size: int, folder: Path, out: Path) -> None:
+def _on_rank(rank: int, world_size: int, folders: list[Path], out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out / 'store'}", rank=rank, world_size=world_size)
     ranks = Ranks(rank, world_size, torch.device("cpu"))
-    for from_features in (True, False):
-        save_file(_score(folder, ranks, from_features=from_features), str(out / f"{from_features}-{rank}.safetensors"))
+    for number, folder in enumerate(folders):
+        for from_features in (True, False):
+            scores = _score(folder, ranks, from_features=from_features, options=SKIP)
+            save_file(scores, str(out / f"{number}-{from_features}-{rank}.safetensors"))
     gc.collect()  # so that the group dies here and joins its threads, not while the interpreter shuts down
     dist.destroy_process_group()
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("num_samples", [2, 65 * 3 - 2])
-def test_scores_are_equal_when_three_ranks_share_a_split_unevenly(
-    make_shards: MakeShards, tmp_path: Path, num_samples: int
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_scores_are_equal_when_ranks_share_a_split_unevenly(
+    make_shards: MakeShards, spoilt: DataCard, tmp_path: Path, world_size: int
 ) -> None:
-    folder = make_shards(num_samples, shard_samples=50).directory
-    mp.spawn(_on_rank, args=(3, folder, tmp_path), nprocs=3)
-    for from_features in (True, False):
-        alone = _score(folder, Ranks(0, 1, torch.device("cpu")), from_features=from_features)
-        assert len(alone["truth"]) == num_samples
-        for rank in range(3):
-            shared = load_file(str(tmp_path / f"{from_features}-{rank}.safetensors"))
-            assert all(torch.equal(shared[name], alone[name]) for name in alone)
+    folders = [make_shards(number, shard_samples=50).directory for number in NUM_SAMPLES] + [spoilt.directory]
+    mp.spawn(_on_rank, args=(world_size, folders, tmp_path), nprocs=world_size)
+    for number, folder in enumerate(folders):
+        for from_features in (True, False):
+            alone = _score(folder, Ranks(0, 1, torch.device("cpu")), from_features=from_features, options=SKIP)
+            if folder != spoilt.directory:
+                assert len(alone["truth"]) == NUM_SAMPLES[number]
+            for rank in range(world_size):
+                shared = load_file(str(tmp_path / f"{number}-{from_features}-{rank}.safetensors"))
+                assert all(torch.equal(shared[name], alone[name]) for name in alone)
+
+
+@pytest.fixture
+def spoilt(make_shards: MakeShards, make_samples: Callable[..., list[RawSample]]) -> DataCard:
+    samples = make_samples(7)
+    samples[4] = dataclasses.replace(samples[4], image=b"no image")
+    return make_shards(samples=samples, shard_samples=3)
+
+
+def test_skipped_sample_is_in_no_figure_when_it_cannot_be_decoded(make_shards: MakeShards, spoilt: DataCard) -> None:
+    one = Ranks(0, 1, torch.device("cpu"))
+    whole = _score(make_shards(7, shard_samples=3).directory, one, from_features=False)
+    rest = _score(spoilt.directory, one, from_features=False, options=SKIP)
+    kept = [0, 1, 2, 3, 5, 6]
+    assert torch.equal(rest["truth"], whole["truth"][kept])
+    assert torch.equal(rest["probabilities"], whole["probabilities"][kept])
+    with pytest.raises(DataError, match="'train-0004'"):
+        _score(spoilt.directory, one, from_features=False)
+
+
+def test_evaluation_stops_when_too_many_samples_are_bad(
+    make_shards: MakeShards, make_samples: Callable[..., list[RawSample]]
+) -> None:
+    samples = make_samples(7)
+    for number in (2, 4):
+        samples[number] = dataclasses.replace(samples[number], image=b"no image")
+    card = make_shards(samples=samples, shard_samples=3)
+    with pytest.raises(DataError, match=r"2 of 7 samples could not be read.*max_bad_fraction=0\.01"):
+        _score(card.directory, Ranks(0, 1, torch.device("cpu")), from_features=False, options=SKIP)

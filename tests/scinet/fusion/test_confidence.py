@@ -385,3 +385,17 @@ def test_gradient_reaches_the_embeddings_when_they_require_it() -> None:
     (gradient,) = torch.autograd.grad(unified.sum(), embeddings)
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("options", [EVIDENCE, POOL, LINEAR, {**POOL, "bandwidth": Bandwidth.adaptive}])
+def test_confidence_is_finite_and_no_state_changes_when_no_rank_has_a_sample(options: dict[str, Any]) -> None:
+    fusion = _fusion(**options)
+    nobody = Neighbours(*(column[:0] for column in _rows(2, 0)))
+    batch = Neighbours(
+        torch.zeros(2, D), torch.zeros(2, C, dtype=torch.int8), _probabilities(2), torch.tensor([-1, -1])
+    )
+    assert fusion.combine(batch, _probabilities(2), nobody).unified.isfinite().all()
+    fusion.update(_rows(5, 1))
+    before = {name: value.clone() for name, value in fusion.state_dict().items()}
+    fusion.update(nobody)
+    assert all(torch.equal(before[name], value) for name, value in fusion.state_dict().items())

@@ -111,3 +111,11 @@ def test_thresholds_go_on_equally_when_their_state_was_saved() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
+
+
+def test_nothing_changes_when_a_batch_holds_no_sample() -> None:
+    thresholds = DynamicThresholds(3, hard_k=2, window=4, device=torch.device("cpu"))
+    thresholds.update(torch.tensor([[True, False, True]]))
+    before = {name: value.clone() for name, value in thresholds.state_dict().items()}
+    thresholds.update(torch.zeros(0, 3, dtype=torch.bool))
+    assert all(torch.equal(before[name], value) for name, value in thresholds.state_dict().items())

@@ -1,0 +1,123 @@
+"""A run that is killed at any step goes on as if nothing had been: the same losses and weights, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+EPOCHS = 4
+STEPS_PER_EPOCH = 6  # five and a short one
+CLOCKS = {"samples_per_second", "data_wait_share"}
+
+
+@pytest.fixture(scope="module")
+def words(small: tuple[str, ...], scenes: Path) -> tuple[str, ...]:
+    del scenes
+    return (
+        *small,
+        "train.max_steps=0",
+        "data.cache_features=false",
+        "data.shuffle_window=8",
+        f"train.epochs={EPOCHS}",
+        "train.precision=fp32",
+        "train.last_batch=train",
+        "train.save_every_steps=2",
+        "train.log_every_steps=3",  # no multiple of the above: sums since the last line must be saved too
+        "loss.warmup_fraction=0.1",
+        "loss.threshold_window=40",
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(words: tuple[str, ...], launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken")
+    done = launch(sys.executable, "scinet/train.py", *words, f"output={output}", "name=run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output / "run"
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+
+
+def _saved_step(run: Path) -> int:
+    path = run / "checkpoints" / "latest.json"
+    return int(json.loads(path.read_text())["progress"]["step"]) if path.exists() else 0
+
+
+def _kill_after(step: int, command: list[str], run: Path, delay_s: float) -> None:
+    """Start a run and kill it, with all it started, some time after the checkpoint of a step."""
+    with (run.parent / "killed.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 300
+        while _saved_step(run) < step and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        assert process.poll() is None, (run.parent / "killed.log").read_text()[-3000:]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _assert_same(run: Path, unbroken: Path) -> None:
+    assert _rows(run) == _rows(unbroken)
+    (mine,), (theirs,) = (list((folder / "checkpoints").glob("step-*/state.safetensors")) for folder in (run, unbroken))
+    assert mine.parent.name == theirs.parent.name
+    pairs = [(mine, theirs)]
+    for who in ("teacher", "student"):
+        pairs.append(
+            (run / f"checkpoints/selected/{who}.safetensors", unbroken / f"checkpoints/selected/{who}.safetensors")
+        )
+    for first, second in pairs:
+        got, want = load_file(str(first)), load_file(str(second))
+        assert got.keys() == want.keys()
+        assert [name for name in want if not torch.equal(got[name].nan_to_num(7.0), want[name].nan_to_num(7.0))] == []
+    evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in (run, unbroken)]
+    assert evaluations[0]["last"] == evaluations[1]["last"]
+    assert evaluations[0]["selected"] == evaluations[1]["selected"]
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_run_ends_bit_equal_when_it_was_killed_within_an_epoch(
+    words: tuple[str, ...], unbroken: Path, launch: Any, tmp_path: Path, epoch: int
+) -> None:
+    chance = random.Random(time.time_ns())
+    step, delay_s = epoch * STEPS_PER_EPOCH + chance.choice([2, 4]), chance.random() * 0.05
+    print(f"killed {delay_s:.3f} s after step {step}")
+    run = tmp_path / "run"
+    command = [sys.executable, "scinet/train.py", *words, f"output={tmp_path}", "name=run"]
+    # slowed down, so that a step takes longer than looking for its checkpoint
+    _kill_after(step, [sys.executable, "-c", _SLOW, *command[2:]], run, delay_s)
+    saved = _saved_step(run)
+    assert step <= saved < (epoch + 1) * STEPS_PER_EPOCH, "the kill came within the epoch"
+    resumed = launch(*command, "resume=true", "data.workers=2")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"at step {saved}\n" in resumed.stderr
+    _assert_same(run, unbroken)
+
+
+_SLOW = """
+import sys, time
+from scinet import train
+from scinet.trainer import Trainer
+step = Trainer.micro_step
+def slow(self, *arguments):
+    time.sleep(0.1)
+    return step(self, *arguments)
+Trainer.micro_step = slow
+sys.exit(train.main(sys.argv[1:]))
+"""
