@@ -156,7 +156,7 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Option("--run", help="A run directory.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Other shards with the same classes.")] = None,
+    data: Annotated[str, typer.Option("--data", help="Other shards with the same classes, a folder or URL.")] = "",
     split: Annotated[str, typer.Option(help="train, holdout or test.")] = "test",
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

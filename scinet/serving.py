@@ -17,7 +17,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _BATCH = 32
 
 
-def print_evaluation(path: Path, data: Path | None, split: str, *, as_json: bool) -> None:
+def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> None:
     """Print the metrics of a run's selected weights on a split.
 
     Raises:
@@ -36,12 +36,12 @@ def print_evaluation(path: Path, data: Path | None, split: str, *, as_json: bool
     run, options = find(path)
     if split not in data_card.SPLITS:
         raise ConfigError(f"--split is '{split}', expected one of {', '.join(data_card.SPLITS)}")
-    card = sources.read_card(options.data, str(data or ""))
+    card = sources.read_card(options.data, data)
     class_names = _class_names(run)
     if card.class_names != class_names:
         raise ConfigError(
-            f"{card.directory} has the classes {', '.join(card.class_names[:5])} ... ({card.num_classes}), the run "
-            f"was trained on {', '.join(class_names[:5])} ... ({len(class_names)})"
+            f"{sources.place(card)} has the classes {', '.join(card.class_names[:5])} ... ({card.num_classes}), the "
+            f"run was trained on {', '.join(class_names[:5])} ... ({len(class_names)})"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views: Views
@@ -51,9 +51,9 @@ def print_evaluation(path: Path, data: Path | None, split: str, *, as_json: bool
         scores = PlainSplit(card, split, views, None, options=options.data).score(network, Ranks(0, 1, device))
         results[who] = evaluate(scores.probabilities, scores.truth).to_json()
     if as_json:
-        print(json.dumps({"run": str(path), "data": str(card.directory), "split": split, **results}, indent=1))
+        print(json.dumps({"run": str(path), "data": sources.place(card), "split": split, **results}, indent=1))
         return
-    print(f"{path} on {card.directory}, {split}: {results['teacher']['num_samples']} images")
+    print(f"{path} on {sources.place(card)}, {split}: {results['teacher']['num_samples']} images")
     for who, metrics in results.items():
         shown = ", ".join(
             f"{label} {metrics[key]:.2f}"

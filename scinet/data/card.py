@@ -44,7 +44,10 @@ class Split:
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a folder of shards holds, and where it came from; ``url`` is the prefix of shards that are not local."""
+    """What a folder of shards holds, and where it came from.
+
+    ``url`` is the prefix of shards that are not local; ``where`` names the card in messages.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -53,6 +56,7 @@ class DataCard:
     directory: Path
     sha256: str
     url: str = ""
+    where: str = CARD_NAME
 
     @property
     def num_classes(self) -> int:
@@ -67,7 +71,7 @@ class DataCard:
         """
         if name not in self.splits or not self.splits[name].num_samples:
             has = ", ".join(f"{key} ({value.num_samples})" for key, value in self.splits.items())
-            raise DataError(f"{self.directory / CARD_NAME} has no samples in split '{name}'; it has {has}")
+            raise DataError(f"{self.where} has no samples in split '{name}'; it has {has}")
         return self.splits[name]
 
     def shard_paths(self, name: str) -> list[Path]:
@@ -151,6 +155,7 @@ def parse(
             directory=Path(url) if directory is None else directory,
             sha256=hashlib.sha256(content).hexdigest(),
             url=url,
+            where=where,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -44,6 +44,11 @@ def read_card(options: DataOptions, path: str = "") -> DataCard:
     return data_card.parse(content, transports.shown(address), prepare=options.prepare, url=path)
 
 
+def place(card: DataCard) -> str:
+    """Return the folder or URL of a data set as messages name it."""
+    return transports.shown(card.url) if card.url else str(card.directory)
+
+
 def shard_name(card: DataCard, shard: Shard) -> str:
     """Return what a shard is called in messages."""
     return transports.shown(transports.join(card.url, shard.file)) if card.url else str(card.directory / shard.file)

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.scinet.data.failing_server import FailingServer
+
 pytestmark = pytest.mark.slow
 
 SMALLEST_RUN = ("config.yaml", "environment.json", "metrics.jsonl", "evaluation.json", "report.html", "checkpoints")
@@ -132,6 +134,18 @@ def test_evaluate_repeats_the_selected_test_metrics(trained: Path, scinet: Any) 
     text = scinet("evaluate", "--run", trained)
     assert text.status == 0
     assert "teacher: mAP" in text.out
+
+
+def test_evaluate_reads_other_shards_by_http(trained: Path, scenes: Path, scinet: Any) -> None:
+    server = FailingServer(scenes)
+    try:
+        result = scinet("evaluate", "--run", trained, "--data", server.url, "--json")
+    finally:
+        server.close()
+    assert result.status == 0, result.err
+    assert json.loads(result.out)["data"] == server.url
+    local = scinet("evaluate", "--run", trained, "--json")
+    assert json.loads(result.out)["teacher"] == json.loads(local.out)["teacher"]
 
 
 @pytest.fixture(scope="module")
