@@ -37,9 +37,9 @@ def cells(seed: int, num_rows: int, num_classes: int, known_ratio: float = 0.6) 
 
 
 def spread(tensor: Tensor) -> Tensor:
-    """Hold the same elements transposed and with gaps."""
-    buffer = tensor.new_zeros(2 * tensor.shape[1], 3 * tensor.shape[0])
-    view = buffer[::2, ::3].T
+    """Hold the same elements transposed and with gaps, no stride of which is a number of rows or columns here."""
+    buffer = tensor.new_zeros(2 * tensor.shape[1], 5 * tensor.shape[0])
+    view = buffer[::2, ::5].T
     view.copy_(tensor)
     return view
 
@@ -59,9 +59,10 @@ def test_blocks_equal_the_whole_with_gradients(num_rows: int, has_mask: bool, ha
     for backend, arrange in (("reference", torch.clone), ("cpu", torch.clone), ("cpu", spread)):
         leaves = [arrange(values).requires_grad_()] + ([arrange(weights).requires_grad_()] if has_weights else [])
         cell_weights = leaves[1] if has_weights else None
-        result = moments(leaves[0], mask, cell_weights, pivot, backend)
+        own_mask = None if mask is None else arrange(mask)
+        result = moments(leaves[0], own_mask, cell_weights, pivot, backend)
         gradients = torch.autograd.grad((result * signal).sum(), leaves)
-        found.append([result.detach(), *gradients, column_sums(leaves[0], mask, cell_weights, pivot, backend)])
+        found.append([result.detach(), *gradients, column_sums(leaves[0], own_mask, cell_weights, pivot, backend)])
     for other in found[1:]:
         for actual, expected in zip(other, found[0], strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-9)
