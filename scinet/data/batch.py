@@ -244,8 +244,12 @@ def _loaded(loader: DataLoader[Any]) -> Iterator[Any]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        reason = " ".join(str(error).split())
-        raise DataError(f"{reason} If memory ran out, lower data.workers or data.shuffle_window") from error
+        # torch names the signal or only says "unexpectedly", whichever of its two watchers comes first
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(
+            f"a loader process ended before its samples: {reason}; if memory ran out, lower data.workers or "
+            "data.shuffle_window"
+        ) from error
 
 
 def _dense(rows: list[_Cells | None], num_classes: int) -> Tensor:
