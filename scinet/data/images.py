@@ -10,6 +10,14 @@ from PIL import Image, UnidentifiedImageError
 
 from scinet.errors import DataError
 
+STORED_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats whose original bytes are kept, and their extension; an MPO is a JPEG with further pictures after it."""
+REENCODED_QUALITY = 95
+
+
+class BrokenImageError(DataError):
+    """An image that is there but cannot be used: ``--missing skip`` leaves it out."""
+
 
 @contextlib.contextmanager
 def opened(content: bytes, what: str) -> Iterator[Image.Image]:
@@ -20,7 +28,7 @@ def opened(content: bytes, what: str) -> Iterator[Image.Image]:
         what: begins the sentence, for instance ``image a.jpg``.
 
     Raises:
-        DataError: if the bytes are no image or it cannot be decoded.
+        BrokenImageError: if the bytes are no image or it cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -28,4 +36,29 @@ def opened(content: bytes, what: str) -> Iterator[Image.Image]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow's own words would show the address of a buffer
         reason = "no image format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{what} cannot be decoded ({len(content)} bytes): {reason}") from error
+        raise BrokenImageError(f"{what} cannot be decoded ({len(content)} bytes): {reason}") from error
+
+
+def storable(content: bytes, what: str, *, reencode: bool) -> tuple[bytes, str]:
+    """Return the bytes to store and their extension, after decoding the whole image.
+
+    Args:
+        content: the file.
+        what: begins the sentence, for instance ``image a.gif``.
+        reencode: turn other formats that Pillow reads into JPEG of quality 95; JPEG, PNG and WEBP stay as they are.
+
+    Raises:
+        BrokenImageError: if it cannot be decoded, or is of another format and ``reencode`` is not set.
+    """
+    with opened(content, what) as image:
+        kind = image.format or ""
+        if kind in STORED_FORMATS:
+            # an eighth of the size is enough to meet a damage and saves most of a JPEG's decoding
+            image.draft(image.mode, (image.width // 8, image.height // 8))
+            image.load()
+            return content, STORED_FORMATS[kind]
+        if not reencode:
+            raise BrokenImageError(f"{what} is {kind}, expected JPEG, PNG or WEBP; `--reencode jpeg` converts it")
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=REENCODED_QUALITY)
+        return buffer.getvalue(), "jpg"

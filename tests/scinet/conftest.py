@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -11,14 +12,43 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scinet.data import shards
+from scinet.data.archives import read_source
+from scinet.data.building import BuildOptions, build
 from scinet.data.card import DataCard
-from scinet.data.shards import RawSample
+from scinet.data.records import Collection, ImageSource, Record
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as a test thinks it up."""
+
+    sample_id: str
+    image: bytes
+    extension: str
+    positives: tuple[int, ...]
+    negatives: tuple[int, ...]
+    split: str
+
 
 MakeImage = Callable[..., bytes]
 MakeSamples = Callable[..., list[RawSample]]
 MakeShards = Callable[..., DataCard]
-CLASSES = ("cat", "dog", "owl")
+
+
+def collect(samples: Iterable[RawSample], folder: Path) -> Collection:
+    """A collection of samples, whose images are written to a folder while the records are read."""
+
+    def records() -> Iterator[Record]:
+        for number, sample in enumerate(samples):
+            path = folder / f"{number}.{sample.extension}"
+            path.write_bytes(sample.image)
+            size = len(sample.image)
+            source = ImageSource(str(path), "", 0, size, size)
+            yield Record(sample.sample_id, source, str(path), sample.positives, sample.negatives, sample.split)
+
+    return Collection("tiny", list(CLASSES), {"name": "test"}, records, 0, read_source)
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +92,12 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory, make_samples: MakeSamp
         holdout: float = 0.0,
         out: Path | None = None,
     ) -> DataCard:
-        return shards.build(
-            make_samples(num_samples) if samples is None else samples,
+        folder = tmp_path_factory.mktemp("images")
+        return build(
+            lambda _: collect(make_samples(num_samples) if samples is None else samples, folder),
             out or tmp_path_factory.mktemp("shards") / str(next(numbers)),
-            name="tiny",
-            class_names=list(CLASSES),
-            source={"name": "test"},
-            holdout=holdout,
-            shard_samples=shard_samples,
+            BuildOptions(holdout=holdout, shard_samples=shard_samples),
+            lambda *_: None,
         )
 
     return make
