@@ -54,7 +54,17 @@ class Difficult(StrEnum):
     positive = "positive"
 
 
+class NusVersion(StrEnum):
+    """The two published versions of NUS-WIDE."""
+
+    cole = "cole"
+    asl = "asl"
+
+
 Source = Annotated[Path, typer.Option("--source", help="Folder with the official files, or with their archives.")]
+DropEmpty = Annotated[
+    bool, typer.Option("--drop-empty", help="Leave out images without any annotation, as published tables do.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not hold anything yet.")]
 Holdout = Annotated[
     float | None,
@@ -211,6 +221,62 @@ def build_voc2012(
     from scinet.data.formats import voc
 
     return functools.partial(voc.collection, voc.VocOptions(source, 2012, difficult.value))
+
+
+@_format("coco2014", shard_samples=256)
+def build_coco2014(source: Source, drop_empty: DropEmpty = False) -> Collect:
+    """Read COCO 2014, train and val: scinet data build coco2014 --source DIR --out data/coco2014."""
+    from scinet.data.formats import coco
+
+    return functools.partial(coco.collection, coco.CocoOptions(source, 2014, drop_empty))
+
+
+@_format("coco2017", shard_samples=256)
+def build_coco2017(source: Source, drop_empty: DropEmpty = False) -> Collect:
+    """Read COCO 2017, train and val: scinet data build coco2017 --source DIR --out data/coco2017."""
+    from scinet.data.formats import coco
+
+    return functools.partial(coco.collection, coco.CocoOptions(source, 2017, drop_empty))
+
+
+@_format("nuswide", shard_samples=256)
+def build_nuswide(
+    source: Source,
+    version: Annotated[
+        NusVersion,
+        typer.Option(help="cole keeps rows without a concept (150,000/60,260); asl drops them (119,103/50,720)."),
+    ],
+) -> Collect:
+    """Read NUS-WIDE: scinet data build nuswide --source DIR --version asl --out data/nuswide."""
+    from scinet.data.formats import nuswide
+
+    return functools.partial(nuswide.collection, nuswide.NusWideOptions(source, version.value))
+
+
+@_format("cub", shard_samples=256)
+def build_cub(
+    source: Source,
+    certainty: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Labels of this certainty (1 not visible, 2 guessing, 3 probably, 4 definitely) count as not "
+            "annotated; may be repeated.",
+            show_default="every label counts, as in the published tables",
+        ),
+    ] = None,
+) -> Collect:
+    """Read CUB-200-2011 attributes: scinet data build cub --source DIR --out data/cub."""
+    from scinet.data.formats import cub
+
+    return functools.partial(cub.collection, cub.CubOptions(source, tuple(sorted(set(certainty or [])))))
+
+
+@_format("openimages", shard_samples=4096)
+def build_openimages(source: Source) -> Collect:
+    """Read Open Images V6: scinet data build openimages --source DIR --out data/openimages."""
+    from scinet.data.formats import openimages
+
+    return functools.partial(openimages.collection, openimages.OpenImagesOptions(source))
 
 
 def _check_share(option: str, value: float) -> None:

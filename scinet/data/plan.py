@@ -126,8 +126,9 @@ def make_plan(collection: Collection, folder: Path, *, holdout: float, shard_sam
             else:
                 splits[_split(record, holdout)].add(_line(record, index))
                 index += 1
-            if len(keys) % _RECORDS_BETWEEN_REPORTS == 0 or len(keys) == collection.num_records:
-                progress("listed", len(keys), max(collection.num_records, len(keys)))
+            if len(keys) % _RECORDS_BETWEEN_REPORTS == 0:
+                progress("listed", len(keys), max(collection.num_records, len(keys) + 1))
+        progress("listed", len(keys), len(keys))
         for split in splits.values():
             split.close_shard()
     _check_unique(keys, collection)

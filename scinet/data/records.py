@@ -67,7 +67,7 @@ class Collection:
         source: version, licence, traps and options, for the card; counts known only after all records were seen may be
             added while they are.
         records: begins a pass over the records, in the order they are stored; the same in every pass.
-        num_records: how many will come, for the progress bar.
+        num_records: how many will come, for the progress bar; 0 if that is not known.
         load: returns an image's bytes in any process, so it must pickle.
         holdout: share of the training images to set aside unless the user says; 0 where the collection has its own.
     """
