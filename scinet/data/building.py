@@ -7,23 +7,21 @@ same command goes on with it: a shard is kept if the plan gives it the same samp
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from scinet.data import card
-from scinet.data.cooccurrence import PairCounter
-from scinet.data.plan import MISSING_NAME, Plan, make_plan, missing_line
+from scinet.data.plan import MISSING_NAME, Plan, make_plan
 from scinet.data.records import Collection, Progress
-from scinet.data.shards import ShardReport, ShardTask, read_report, write_shard
+from scinet.data.shards import ShardTask, read_report, write_shard
+from scinet.data.totals import write_card
 from scinet.data.workshop import Workshop
 from scinet.errors import BuildInterrupted, DataError
 
@@ -83,8 +81,8 @@ def build(collect: Callable[[Path], Collection], out: Path, options: BuildOption
             progress=progress,
         )
         _check_missing(plan, workshop, skip_missing=options.skip_missing)
-        reports = _write_shards(plan, collection, workshop, options, progress)
-        _write_card(plan, collection, workshop, reports)
+        _write_shards(plan, collection, workshop, options, progress)
+        write_card(plan, collection, workshop)
         workshop.finish()
     return card.read(out)
 
@@ -102,9 +100,8 @@ def _told(workshop: Workshop) -> Iterator[None]:
             f"{workshop.what_is_left()}"
         ) from error
     except OSError as error:
-        raise DataError(
-            f"writing {workshop.out} failed: {error.strerror or error}; {workshop.what_is_left()}"
-        ) from error
+        reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        raise DataError(f"writing {workshop.out} failed: {reason}; {workshop.what_is_left()}") from error
 
 
 def _check_missing(plan: Plan, workshop: Workshop, *, skip_missing: bool) -> None:
@@ -124,18 +121,14 @@ def _check_missing(plan: Plan, workshop: Workshop, *, skip_missing: bool) -> Non
 
 def _write_shards(
     plan: Plan, collection: Collection, workshop: Workshop, options: BuildOptions, progress: Progress
-) -> list[ShardReport]:
-    """Write the shards that are not finished yet, and return the reports of all in the plan's order."""
-    finished: dict[str, ShardReport] = {}
-    waiting: list[ShardTask] = []
-    sizes: dict[str, int] = {}
-    for shard in plan.shards:
-        file = f"{shard.split}-{shard.number:06d}.tar"
-        sizes[file] = shard.num_samples
-        task = ShardTask(
-            file=file,
+) -> None:
+    """Write the shards that are not finished yet."""
+    sizes = {shard.file: shard.num_samples for shard in plan.shards}
+    tasks = (
+        ShardTask(
+            file=shard.file,
             directory=workshop.whole,
-            sidecar=workshop.reports / f"{file}.json",
+            sidecar=workshop.sidecar(shard.file),
             plan=plan.file(shard.split),
             offset=shard.offset,
             length=shard.length,
@@ -145,34 +138,28 @@ def _write_shards(
             reencode=options.reencode,
             skip_broken=options.skip_missing,
         )
-        report = _finished(task)
-        if report is None:
-            waiting.append(task)
-        else:
-            finished[file] = report
+        for shard in plan.shards
+    )
+    waiting = [task for task in tasks if not _is_finished(task)]
     workshop.keep()
     workshop.sweep(set(sizes))
-    done = sum(sizes[file] for file in finished)
-    for report in _run(waiting, options.jobs):
-        finished[report.file] = report
-        done += sizes[report.file]
+    done = plan.num_indices - sum(sizes[task.file] for task in waiting)
+    for file in _run(waiting, options.jobs):
+        done += sizes[file]
         progress("images", done, plan.num_indices)
-    return [finished[file] for file in sizes]
 
 
-def _finished(task: ShardTask) -> ShardReport | None:
-    """Return the report of a shard that an earlier build has written as this one would."""
+def _is_finished(task: ShardTask) -> bool:
+    """Tell whether an earlier build has written a shard as this one would."""
     report = read_report(task.sidecar)
     path = task.directory / task.file
     if report is None or report.plan_digest != task.digest or not path.is_file():
-        return None
-    if path.stat().st_size != report.num_bytes or (report.broken and not task.skip_broken):
-        return None
-    return report
+        return False
+    return path.stat().st_size == report.num_bytes and (task.skip_broken or not report.broken)
 
 
-def _run(tasks: list[ShardTask], jobs: int) -> Iterator[ShardReport]:
-    """Write shards in this process or in several, and yield each report as it comes."""
+def _run(tasks: list[ShardTask], jobs: int) -> Iterator[str]:
+    """Write shards in this process or in several, and yield the name of each when it is finished."""
     if jobs == 1 or len(tasks) <= 1:
         yield from map(write_shard, tasks)
         return
@@ -182,8 +169,7 @@ def _run(tasks: list[ShardTask], jobs: int) -> Iterator[ShardReport]:
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_start_worker)
     try:
-        futures: list[Future[ShardReport]] = [pool.submit(write_shard, task) for task in tasks]
-        for future in as_completed(futures):
+        for future in as_completed([pool.submit(write_shard, task) for task in tasks]):
             yield future.result()
     except (KeyboardInterrupt, GeneratorExit):
         for process in set(multiprocessing.active_children()) - others:
@@ -205,53 +191,3 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _write_card(plan: Plan, collection: Collection, workshop: Workshop, reports: list[ShardReport]) -> None:
-    directory = workshop.whole
-    splits: dict[str, card.Split] = {}
-    for name in card.SPLITS:
-        of_split = [report for report in reports if report.file.startswith(f"{name}-")]
-        if of_split:
-            splits[name] = _split(of_split, len(collection.class_names))
-    if not any(split.num_samples for split in splits.values()):
-        raise DataError("not one image could be decoded: nothing was written")
-    broken = [entry for report in reports for entry in report.broken]
-    missing = {"not_found": plan.num_missing, "broken": len(broken)}
-    if plan.num_missing or broken:
-        text = (plan.folder / MISSING_NAME).read_text(encoding="utf-8")
-        text += "".join(missing_line(*entry) for entry in broken)
-        (directory / MISSING_NAME).write_text(text, encoding="utf-8")
-    for report in reports:
-        if not report.num_samples:
-            (directory / report.file).unlink()
-    card.write(
-        directory,
-        name=collection.name or workshop.out.name,
-        class_names=collection.class_names,
-        splits=splits,
-        source=json.loads(json.dumps(collection.source)),
-        num_indices=plan.num_indices,
-        missing=card.Missing(**missing, file=MISSING_NAME if any(missing.values()) else ""),
-    )
-
-
-def _split(reports: list[ShardReport], num_classes: int) -> card.Split:
-    positives: Counter[int] = Counter()
-    negatives: Counter[int] = Counter()
-    pairs = PairCounter(num_classes)
-    for report in reports:
-        positives.update(report.positives)
-        negatives.update(report.negatives)
-        pairs.merge(report.pair_codes, report.pair_counts)
-    return card.Split(
-        num_samples=sum(report.num_samples for report in reports),
-        num_positives=tuple(positives[label] for label in range(num_classes)),
-        num_negatives=tuple(negatives[label] for label in range(num_classes)),
-        shards=tuple(
-            card.Shard(report.file, report.num_samples, report.num_bytes, report.sha256)
-            for report in reports
-            if report.num_samples
-        ),
-        cooccurrence=pairs.result(),
-    )

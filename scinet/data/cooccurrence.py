@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 ALL_PAIRS_UP_TO = 1000
 LARGEST_PAIRS = 10_000
+_MAX_WAITING = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,24 @@ class PairCounter:
         self._num_classes = num_classes
         self._codes = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
-        self._waiting: list[npt.NDArray[np.int64]] = []
+        self._waiting: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
         self._num_waiting = 0
 
     def add(self, positives: Sequence[int]) -> None:
         """Count the pairs of one image, whose positives come in ascending order."""
         labels = np.asarray(positives, dtype=np.int64)
-        first, second = np.triu_indices(len(labels), k=1)
-        self._waiting.append(labels[first] * self._num_classes + labels[second])
-        self._num_waiting += len(first)
-        if self._num_waiting > 2**20:
-            self._settle()
+        first, second = _pair_places(len(labels))
+        self._wait(labels[first] * self._num_classes + labels[second], np.ones(len(first), dtype=np.int64))
 
-    def merge(self, codes: Iterable[int], counts: Iterable[int]) -> None:
+    def merge(self, codes: Sequence[int], counts: Sequence[int]) -> None:
         """Add the counts of another counter."""
-        self._reduce(np.array(list(codes), dtype=np.int64), np.array(list(counts), dtype=np.int64))
+        self._wait(np.asarray(codes, dtype=np.int64), np.asarray(counts, dtype=np.int64))
+
+    def _wait(self, codes: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
+        self._waiting.append((codes, counts))
+        self._num_waiting += len(codes)
+        if self._num_waiting > _MAX_WAITING:
+            self._settle()
 
     def pairs(self) -> tuple[list[int], list[int]]:
         """Return codes in ascending order and their counts."""
@@ -89,13 +94,14 @@ class PairCounter:
         return Cooccurrence(columns[0], columns[1], columns[2], len(self._codes))
 
     def _settle(self) -> None:
-        if self._waiting:
-            codes, counts = np.unique(np.concatenate(self._waiting), return_counts=True)
-            self._waiting, self._num_waiting = [], 0
-            self._reduce(codes, counts)
+        """Sum what waits into the counts."""
+        codes, counts = zip((self._codes, self._counts), *self._waiting, strict=True)
+        self._codes, places = np.unique(np.concatenate(codes), return_inverse=True)
+        self._counts = np.zeros(len(self._codes), dtype=np.int64)
+        np.add.at(self._counts, places, np.concatenate(counts))
+        self._waiting, self._num_waiting = [], 0
 
-    def _reduce(self, codes: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> None:
-        joined, places = np.unique(np.concatenate([self._codes, codes]), return_inverse=True)
-        totals = np.zeros(len(joined), dtype=np.int64)
-        np.add.at(totals, places, np.concatenate([self._counts, counts]))
-        self._codes, self._counts = joined, totals
+
+@lru_cache(maxsize=64)
+def _pair_places(length: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    return np.triu_indices(length, k=1)

@@ -38,6 +38,11 @@ class PlannedShard:
     num_samples: int
     digest: str
 
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return f"{self.split}-{self.number:06d}.tar"
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -9,7 +9,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -64,8 +64,8 @@ class ShardReport:
     broken: list[tuple[str, str, str]]
 
 
-def write_shard(task: ShardTask) -> ShardReport:
-    """Write one shard under a temporary name, rename it, and then write its sidecar.
+def write_shard(task: ShardTask) -> str:
+    """Write one shard under a temporary name, rename it, then write its sidecar, and return its name.
 
     Raises:
         BrokenImageError: naming the first image that cannot be decoded, unless such are skipped.
@@ -116,8 +116,8 @@ def write_shard(task: ShardTask) -> ShardReport:
         pair_counts=pairs.pairs()[1],
         broken=broken,
     )
-    write_json(task.sidecar, asdict(report))
-    return report
+    write_json(task.sidecar, vars(report))
+    return task.file
 
 
 def _planned(task: ShardTask) -> Iterator[tuple[str, int, ImageSource, list[int], list[int]]]:

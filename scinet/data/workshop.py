@@ -84,6 +84,10 @@ class Workshop:
             )
         write_json(path, options)
 
+    def sidecar(self, file: str) -> Path:
+        """Return where the report of a shard goes."""
+        return self.reports / f"{file}.json"
+
     def keep(self) -> None:
         """Leave the folder for the next try."""
         self._is_kept = True
