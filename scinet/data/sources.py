@@ -17,6 +17,7 @@ from scinet.errors import DataError, nearest
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _MAX_LINE = 64 * 2**20  # characters; a longer line is no text file of any collection
+_MIN_BOMB_BYTES = 64 * 2**20
 _MAX_UNPACKED_RATIO = 50  # images hardly compress: a tar.gz that grows more is a bomb
 
 
@@ -60,9 +61,8 @@ class SourceTree:
 
     def find(self, *candidates: str) -> ImageSource | None:
         """Return the first of the names that is there."""
-        for name in candidates:
-            if _climbs(name):
-                continue
+        names = [name for name in candidates if not _climbs(name)]
+        for name in names:
             path = self.root / name
             try:
                 status = os.stat(path)
@@ -71,7 +71,7 @@ class SourceTree:
             if stat.S_ISREG(status.st_mode):
                 return ImageSource(str(path), "", 0, status.st_size, status.st_size)
         for archive in self.archives:
-            for name in candidates:
+            for name in names:
                 found = archive.find(name)
                 if found is not None:
                     return found
@@ -178,7 +178,7 @@ def _gunzip(path: Path, target: Path) -> None:
         with gzip.open(path, "rb") as packed_file, temporary.open("wb") as plain:
             while chunk := packed_file.read(2**20):
                 written += len(chunk)
-                if written > max(2**26, _MAX_UNPACKED_RATIO * packed):
+                if written > max(_MIN_BOMB_BYTES, _MAX_UNPACKED_RATIO * packed):
                     raise DataError(f"{path} unpacks its {packed} bytes to more than {written}: a decompression bomb")
                 plain.write(chunk)
         temporary.rename(target)

@@ -189,6 +189,55 @@ def test_class_list_is_named_when_missing(images: Path) -> None:
     assert "none.txt does not exist" in _refusal(missing, ConfigError)
 
 
+LISTS = "file,note,tags\nim0.png,x,cat; dog\nim1.png,y,\nim2.png,z, dog ;dog\n"
+
+
+@pytest.mark.parametrize("mark", [";", "|"])
+def test_list_column_is_read_when_what_it_leaves_out_is_absent(images: Path, mark: str) -> None:
+    options = _options(images, LISTS.replace(";", mark), list_column="tags", negative="unlisted")
+    names, rows = read(options)
+    assert names == ["cat", "dog"]
+    assert list(rows) == [Row("im0.png", (0, 1), (), 2), Row("im1.png", (), (0, 1), 3), Row("im2.png", (1,), (0,), 4)]
+
+
+def test_list_column_is_read_when_what_it_leaves_out_is_unknown(images: Path) -> None:
+    options = _options(images, LISTS, classes="dog\ncat\nowl\n", list_column="tags", unknown="unlisted")
+    names, rows = read(options)
+    assert names == ["dog", "cat", "owl"]
+    assert list(rows) == [Row("im0.png", (0, 1), (), 2), Row("im1.png", (), (), 3), Row("im2.png", (0,), (), 4)]
+
+
+@pytest.mark.parametrize("given", [{}, {"negative": "0"}, {"negative": "unlisted", "unknown": "unlisted"}])
+def test_list_column_is_refused_when_nobody_says_what_it_leaves_out(images: Path, given: dict[str, str]) -> None:
+    message = _refusal(_options(images, LISTS, list_column="tags", **given), ConfigError)
+    assert "absent or not annotated" in message
+    assert "--negative unlisted or --unknown unlisted" in message
+
+
+def test_list_column_is_suggested_when_it_is_spelt_otherwise(images: Path) -> None:
+    message = _refusal(_options(images, LISTS, list_column="tgas", unknown="unlisted"))
+    assert "no column 'tgas'" in message
+    assert "did you mean 'tags'" in message
+
+
+def test_line_is_named_when_a_list_column_separates_in_two_ways(images: Path) -> None:
+    text = "file,tags\nim0.png,cat;dog\nim1.png,cat|owl\n"
+    assert "line 3: column 'tags' separates names both" in _refusal(
+        _options(images, text, list_column="tags", unknown="unlisted")
+    )
+
+
+def test_line_is_named_when_a_list_column_names_another_class(images: Path) -> None:
+    message = _refusal(_options(images, LISTS, classes="cat\ndgo\n", list_column="tags", unknown="unlisted"))
+    assert "line 2: class 'dog'" in message
+    assert "did you mean 'dgo'" in message
+
+
+def test_rows_are_found_again_when_cells_hold_line_breaks(images: Path) -> None:
+    _, rows = read(_options(images, 'file,cat\n"im0.png\n",1\nim1.png,0\n'))
+    assert [rows[1], rows[0]] == [Row("im1.png", (), (0,), 3), Row("im0.png", (0,), (), 2)]
+
+
 def _lines(*records: object) -> str:
     return "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
 
