@@ -54,7 +54,7 @@ def storable(content: bytes, what: str, *, reencode: bool) -> tuple[bytes, str]:
         kind = image.format or ""
         if kind in STORED_FORMATS:
             # an eighth of the size is enough to meet a damage and saves most of a JPEG's decoding
-            image.draft(image.mode, (image.width // 8, image.height // 8))
+            image.draft(image.mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
             image.load()
             return content, STORED_FORMATS[kind]
         if not reencode:

@@ -117,13 +117,13 @@ def make_plan(collection: Collection, folder: Path, *, holdout: float, shard_sam
     index = 0
     first_missing: list[str] = []
     with contextlib.ExitStack() as stack:
-        missing = stack.enter_context((folder / MISSING_NAME).open("w", encoding="utf-8"))
+        missing = stack.enter_context((folder / MISSING_NAME).open("w", encoding="utf-8", errors="replace"))
         splits = {
             split: _SplitPlan(stack.enter_context((folder / f"plan-{split}.jsonl").open("wb")), split, shard_samples)
             for split in SPLITS
         }
         for record in collection.records():
-            keys.append(text_key(record.sample_id))
+            keys.append(_key(record.sample_id))
             if record.image is None:
                 missing.write(missing_line(record.sample_id, record.expected, "not found"))
                 if len(first_missing) < _NUM_NAMED:
@@ -146,6 +146,13 @@ def make_plan(collection: Collection, folder: Path, *, holdout: float, shard_sam
 def missing_line(sample_id: str, where: str, reason: str) -> str:
     """Return a line of ``missing.txt``: id, where the image should be, why it is not there."""
     return "\t".join(" ".join(part.split()) for part in (sample_id, where, reason)) + "\n"
+
+
+def _key(sample_id: str) -> int:
+    try:
+        return text_key(sample_id)
+    except UnicodeEncodeError as error:
+        raise DataError(f"sample id {sample_id!a} holds half a character: it is no Unicode text") from error
 
 
 def _split(record: Record, holdout: float) -> str:

@@ -108,7 +108,7 @@ def _classes(tree: SourceTree) -> tuple[list[str], dict[str, int]]:
     file = tree.require(
         "the names of the classes", *_candidates("oidv6-class-descriptions.csv", "class-descriptions.csv")
     )
-    described = {row[0]: row[1] for row in csv.reader(tree.lines(file)) if len(row) >= 2}
+    described = {row[0]: row[1] for row in _rows(tree, file) if len(row) >= 2}
     nameless = next((code for code in codes if code not in described), None)
     if nameless is not None:
         raise DataError(f"{file} does not name the class {nameless}{nearest(nameless, described)}")
@@ -117,13 +117,20 @@ def _classes(tree: SourceTree) -> tuple[list[str], dict[str, int]]:
     return [described[c] if shared[described[c]] == 1 else f"{described[c]} ({c})" for c in codes], position
 
 
+def _rows(tree: SourceTree, file: ImageSource) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(tree.lines(file))
+    except csv.Error as error:
+        raise DataError(f"{file} is not readable as CSV: {error}") from error
+
+
 def _sort_into_buckets(
     tree: SourceTree, file: ImageSource, position: dict[str, int], folder: Path, counts: Counter[str]
 ) -> list[Path]:
     """Spread the rows of a label file over files, all rows of an image in one, each small enough for memory."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:02d}.txt" for number in range(_NUM_BUCKETS)]
-    rows = csv.reader(tree.lines(file))
+    rows = _rows(tree, file)
     header = next(rows, [])
     if header[: len(_HEADER)] != _HEADER:
         raise DataError(f"{file} begins with '{','.join(header)[:80]}', expected {','.join(_HEADER)}")

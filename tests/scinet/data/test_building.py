@@ -224,6 +224,23 @@ def test_other_formats_are_refused_unless_they_may_be_converted(make: Make, imag
     assert stored["im1"] == (images / "01.jpg").read_bytes()
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 300])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpegs_of_any_size_and_mode_are_kept(make: Make, images: Path, size: int, mode: str) -> None:
+    Image.new(mode, (size, 2 * size)).save(images / "00.jpg", "JPEG")
+    stored = {s.sample_id: s.image for s in SampleStream(make(), "train", Order(0, 0, 1, 0))}
+    assert stored["im0"] == (images / "00.jpg").read_bytes()
+
+
+def test_id_is_shown_when_it_is_no_text(make: Make, images: Path, tmp_path: Path) -> None:
+    def records() -> Iterator[Record]:
+        yield Record("a\udc80", None, "a\udc80.jpg", (), (), "train")
+
+    collection = Collection("odd", ["a"], {}, records, 1, read_source)
+    with pytest.raises(DataError, match=r"sample id 'a\\udc80' holds half a character"):
+        build(lambda _: collection, tmp_path / "odd", BuildOptions(), lambda *_: None)
+
+
 def test_bytes_of_png_webp_and_mpo_are_kept(make: Make, images: Path) -> None:
     contents = {}
     for name, kind in (("00", "PNG"), ("01", "WEBP"), ("02", "MPO")):

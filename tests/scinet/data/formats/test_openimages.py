@@ -135,3 +135,10 @@ def test_build_goes_on_without_a_split_when_told(openimages: Path, build_from: B
     with pytest.raises(DataError, match="the list of test images is missing"):
         _build(build_from, openimages)
     assert list(_build(build_from, openimages, skip=True).splits) == ["train", "holdout"]
+
+
+def test_file_is_named_when_it_is_no_csv(openimages: Path, build_from: Build) -> None:
+    path = openimages / "test-annotations-human-imagelabels.csv"
+    path.write_text(HEADER + "a" * 200_000 + ",verification,/m/0cmf2,1\n")
+    with pytest.raises(DataError, match=r"test-annotations-human-imagelabels.csv is not readable as CSV"):
+        _build(build_from, openimages)
