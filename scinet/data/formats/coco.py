@@ -10,7 +10,7 @@ from typing import Any
 from scinet.data.archives import read_source
 from scinet.data.formats.json_stream import top_level
 from scinet.data.records import Collection, ImageSource, Record
-from scinet.data.sources import SourceTree, open_text
+from scinet.data.source_tree import SourceTree, open_text
 from scinet.errors import DataError
 
 _SPLITS = {"train": "train", "test": "val"}

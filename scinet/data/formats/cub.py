@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from scinet.data.archives import read_source
 from scinet.data.records import Collection, ImageSource, Record
-from scinet.data.sources import SourceTree
+from scinet.data.source_tree import SourceTree
 from scinet.errors import ConfigError, DataError
 
 _CERTAINTIES = {1: "not visible", 2: "guessing", 3: "probably", 4: "definitely"}

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from scinet.data.archives import read_source
 from scinet.data.records import Collection, Record
-from scinet.data.sources import SourceTree
+from scinet.data.source_tree import SourceTree
 from scinet.errors import DataError
 
 VERSIONS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from scinet.data.archives import read_source
 from scinet.data.records import Collection, ImageSource, Record
-from scinet.data.sources import SourceTree
+from scinet.data.source_tree import SourceTree
 from scinet.errors import DataError, nearest
 
 _SPLITS = {"train": "train", "holdout": "validation", "test": "test"}

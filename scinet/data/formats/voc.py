@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from scinet.data.archives import read_source
 from scinet.data.records import Collection, ImageSource, Record
-from scinet.data.sources import SourceTree
+from scinet.data.source_tree import SourceTree
 from scinet.errors import DataError, nearest
 
 CLASS_NAMES = [

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from scinet.data import archives, sources
+from scinet.data import archives, source_tree
 from scinet.data.archives import Archive, read_source
 from scinet.data.images import BrokenImageError
 from scinet.data.records import ImageSource
-from scinet.data.sources import SourceTree
+from scinet.data.source_tree import SourceTree
 from scinet.errors import ConfigError, DataError
 
 MEMBERS = {
@@ -172,7 +172,7 @@ def test_archive_is_named_when_it_was_downloaded_in_part(root: Path, name: str, 
 
 
 def test_compressed_tar_is_refused_when_it_is_a_bomb(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_MIN_BOMB_BYTES", 2**20)
+    monkeypatch.setattr(source_tree, "_MIN_BOMB_BYTES", 2**20)
     (root / "a.tar.gz").write_bytes(gzip.compress(bytes(20_000_000)))
     with pytest.raises(DataError, match=r"a.tar.gz unpacks its \d+ bytes to more than \d+: a decompression bomb"):
         _tree(root).find("a.jpg")
@@ -180,7 +180,7 @@ def test_compressed_tar_is_refused_when_it_is_a_bomb(root: Path, monkeypatch: py
 
 def test_compressed_tar_is_refused_when_the_disk_has_no_room(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _tar(root / "a.tar.gz", MEMBERS, "w:gz")
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3}))
+    monkeypatch.setattr(source_tree.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3}))
     with pytest.raises(DataError, match=r"a.tar.gz must be unpacked .* where 3 are free"):
         _tree(root).find("a.jpg")
 
@@ -204,7 +204,7 @@ def test_text_is_named_when_it_cannot_be_read(root: Path, content: bytes) -> Non
 
 
 def test_line_is_refused_when_it_never_ends(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_MAX_LINE", 1000)
+    monkeypatch.setattr(source_tree, "_MAX_LINE", 1000)
     (root / "a.csv.gz").write_bytes(gzip.compress(b"a" * 100_000))
     tree = _tree(root)
     with pytest.raises(DataError, match="a line of more than 1000 characters"):
