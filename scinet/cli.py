@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from scinet import bench_cli, data_cli
+from scinet import bench_cli, data_cli, data_tools_cli
 from scinet.errors import ConfigError, ScinetError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(data_cli.data_app, name="data")
+data_tools_cli.register(data_cli.data_app)
 app.add_typer(bench_cli.app, name="bench")
 
 

@@ -211,6 +211,8 @@ def _relations(options: Options) -> Iterator[str]:
     data, model, fusion, train = options.data, options.model, options.fusion, options.train
     if data.cache_features and not model.freeze_image:
         yield "'data.cache_features' needs 'model.freeze_image=true': features of a tower that trains go stale"
+    if data.mask_file and data.single_positive:
+        yield "'data.single_positive' makes a mask and 'data.mask_file' reads one: set one of the two"
     if fusion.momentum > 0 and fusion.memory is Memory.none:
         yield "'fusion.momentum' above 0 needs 'fusion.memory=dense': set that, or 'fusion.momentum=0'"
     if options.profile is Profile.release and model.bi_dominant is not BiDominant.none:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +18,21 @@ from scinet import config
 from scinet.errors import CheckpointError, ConfigError, nearest
 from scinet.options import Options
 
+# what says where bytes come from and when they are kept, not what is computed
+_FREE_ON_RESUME = {
+    "resume",
+    "output",
+    "baseline",
+    "data.prepare",
+    "data.workers",
+    "data.cache_dir",
+    "data.timeout_s",
+    "data.retries",
+    "data.cache_shards",
+    "data.allow_pipe",
+    "train.save_every_steps",
+    "train.collective_timeout_s",
+}
 _PACKAGES = (
     "scinet",
     "torch",
@@ -95,7 +111,7 @@ def _check_resumable(run: RunDirectory, options: Options) -> None:
     changed = [
         key
         for key, _, _ in config.fields()
-        if key not in ("resume", "output", "baseline") and _value(stored, key) != _value(options, key)
+        if key not in _FREE_ON_RESUME and _value(stored, key) != _value(options, key)
     ]
     if changed:
         raise ConfigError(
@@ -124,6 +140,8 @@ def describe(run: RunDirectory, options: Options, *, weights_sha256: str, card_s
         "weights_sha256": weights_sha256,
         "data_card_sha256": card_sha256,
     }
+    if options.data.mask_file:
+        environment["mask_file_sha256"] = hashlib.sha256(Path(options.data.mask_file).read_bytes()).hexdigest()
     write_text(run.path / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 

@@ -63,7 +63,7 @@ class DataCard:
     """What a folder of shards holds, and where it came from.
 
     The ``index`` of every sample is below ``num_indices``, and images that were left out as broken leave gaps: what is
-    kept per sample wants ``num_indices`` places.
+    kept per sample wants ``num_indices`` places. ``url`` is the prefix of shards that are not local.
     """
 
     name: str
@@ -74,6 +74,7 @@ class DataCard:
     sha256: str
     num_indices: int = 0
     missing: Missing = Missing()
+    url: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -130,12 +131,13 @@ def _split_tree(split: Split) -> dict[str, Any]:
     return tree if split.cooccurrence is None else tree | {"cooccurrence": split.cooccurrence.tree()}
 
 
-def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
+def read(directory: Path, *, prepare: str = "scinet data build", checks_shards: bool = True) -> DataCard:
     """Return the card of a folder after checking that it and its shards are there.
 
     Args:
         directory: a folder written by ``scinet data build``.
         prepare: the command that makes it, named when it is missing.
+        checks_shards: whether a shard that is missing or has another size is an error here.
 
     Raises:
         ConfigError: if the folder or the card is missing.
@@ -150,6 +152,31 @@ def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
     if not path.is_file():
         raise ConfigError(f"{directory} holds no {CARD_NAME}, so it is no finished data set: make it with `{prepare}`")
     content = path.read_bytes()
+    return parse(content, str(path), prepare=prepare, directory=directory, checks_shards=checks_shards)
+
+
+def parse(
+    content: bytes,
+    where: str,
+    *,
+    prepare: str,
+    directory: Path | None = None,
+    url: str = "",
+    checks_shards: bool = True,
+) -> DataCard:
+    """Return the card that a file holds.
+
+    Args:
+        content: of the file.
+        where: the file's name in messages.
+        prepare: the command that makes it.
+        directory: of the shards, which must be there; None where they are not local.
+        url: their prefix in that case.
+        checks_shards: whether counts and shards that do not fit are an error here.
+
+    Raises:
+        DataError: if it is no card, or does not fit its shards.
+    """
     try:
         tree = json.loads(content)
         splits = {key: _split(value) for key, value in tree["splits"].items()}
@@ -159,17 +186,19 @@ def read(directory: Path, *, prepare: str = "scinet data build") -> DataCard:
             class_names=class_names,
             splits=splits,
             source=dict(tree["source"]),
-            directory=directory,
+            directory=Path(url) if directory is None else directory,
             sha256=hashlib.sha256(content).hexdigest(),
             # the first cards had no gaps
             num_indices=int(tree.get("num_indices", sum(split.num_samples for split in splits.values()))),
             missing=_missing(tree.get("missing", {})),
+            url=url,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
+            f"{where} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
         ) from error
-    _check(card, path)
+    if checks_shards:
+        _check(card, where)
     return card
 
 
@@ -189,7 +218,7 @@ def _missing(tree: dict[str, Any]) -> Missing:
     return Missing(int(tree.get("not_found", 0)), int(tree.get("broken", 0)), str(tree.get("file", "")))
 
 
-def _check(card: DataCard, path: Path) -> None:
+def _check(card: DataCard, path: str) -> None:
     for name, split in card.splits.items():
         if len(split.num_positives) != card.num_classes:
             raise DataError(
@@ -199,6 +228,10 @@ def _check(card: DataCard, path: Path) -> None:
             file = card.directory / shard.file
             if Path(shard.file).name != shard.file:
                 raise DataError(f"{path}: shard '{shard.file}' must be a plain file name beside the card")
+            if card.url:
+                if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+                    raise DataError(f"{path}: shard '{shard.file}' has no SHA-256, found '{shard.sha256}'")
+                continue
             if not file.is_file():
                 raise DataError(f"shard {file} is missing, {path} lists it with {shard.num_samples} samples")
             if file.stat().st_size != shard.num_bytes:

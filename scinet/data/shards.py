@@ -91,8 +91,9 @@ def write_shard(task: ShardTask) -> str:
                         continue
                     labels = {"id": sample_id, "index": index, "positives": positives, "negatives": negatives}
                     key = quote(sample_id, safe="").replace(".", "%2E")
-                    _add(tar, f"{key}.{extension}", content)
-                    _add(tar, f"{key}.json", json.dumps(labels, ensure_ascii=False).encode())
+                    parts = {extension: content, "json": json.dumps(labels, ensure_ascii=False).encode()}
+                    for kind in sorted(parts):
+                        _add(tar, f"{key}.{kind}", parts[kind])
                     positive_counts.update(positives)
                     negative_counts.update(negatives)
                     pairs.add(positives)

@@ -18,6 +18,7 @@ from scinet.data.images import opened
 from scinet.data.masks import derive
 
 VIEW_NAMES = ("weak", "medium", "strong")
+SHARD_FORMATS = ("JPEG", "PNG", "WEBP")  # the decoders that a shard may reach; others of Pillow's start programs
 _RANDAUGMENT_OPS = {"weak": 0, "medium": 1, "strong": 3}
 _CUTOUT_AREA = (0.05, 0.2)
 
@@ -41,6 +42,7 @@ class Views:
             normalisation: of the image tower.
             smallest_crop: smallest share of the image's area that a random crop keeps.
         """
+        self.image_size = image_size
         to_tensor = [
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
@@ -80,11 +82,16 @@ class Views:
             return torch.as_tensor(self._random[name](image))
 
 
-def decode(content: bytes, where: str) -> Image.Image:
+def decode(content: bytes, where: str, *, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Return the RGB image of a file's bytes.
+
+    Args:
+        content: the file.
+        where: what the image is called in a message.
+        formats: Pillow's names of those that may be tried; None: all it knows.
 
     Raises:
         DataError: saying ``where`` the image is that cannot be decoded.
     """
-    with opened(content, f"{where}: the image") as image:
+    with opened(content, f"{where}: the image", formats) as image:
         return image.convert("RGB")

@@ -27,7 +27,7 @@ _MAX_POINTS = 400
 """Points a curve keeps: more than a chart has pixels to show, few enough to keep the page small."""
 
 # Okabe and Ito's palette, told apart by colour-blind readers; the line styles tell the curves apart without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1)))
 
 
@@ -66,7 +66,7 @@ def line_chart(history: Sequence[dict[str, Any]], keys: dict[str, str], *, mark_
     curves = {label: curve for label, curve in curves.items() if len(curve[1])}
     if not curves:
         return None
-    with _drawing(5.6, 3.1) as (figure, axes):
+    with drawing(5.6, 3.1) as (figure, axes):
         for index, (label, (axis, x, y)) in enumerate(curves.items()):
             x, y = _thin(x, y)
             axes.plot(x, y, label=label, marker="o" if len(x) < 30 else "", markersize=3.5, **_look(index))
@@ -78,7 +78,7 @@ def line_chart(history: Sequence[dict[str, Any]], keys: dict[str, str], *, mark_
         if len(keys) > 1:
             axes.legend(frameon=False)
         axes.margins(y=0.12)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def precision_recall_chart(
@@ -98,20 +98,20 @@ def precision_recall_chart(
         return None
     best, worst = ranked[:3], ranked[3:][-3:]
     # The legend stands below the curves: seven class names find no free place inside the square.
-    with _drawing(5.6, 5.6) as (figure, axes):
+    with drawing(5.6, 5.6) as (figure, axes):
         all_scores, all_truth = torch.from_numpy(scores.reshape(-1)), torch.from_numpy(truth.reshape(-1))
         _step_curve(axes, all_scores, all_truth, "all cells (micro)", color="#000000", linewidth=2.2)
         for place, (value, index) in enumerate([*best, *worst]):
             label = f"{chart_label(class_names[index])}, AP {value:.1f}"
             column_scores = torch.from_numpy(np.ascontiguousarray(scores[:, index]))
             column_truth = torch.from_numpy(np.ascontiguousarray(truth[:, index]))
-            look = {"color": _COLOURS[place], "linestyle": "-", "marker": "os^"[place % 3]}
+            look = {"color": COLOURS[place], "linestyle": "-", "marker": "os^"[place % 3]}
             if place >= len(best):
                 look |= {"linestyle": "--", "markerfacecolor": "white"}
             _step_curve(axes, column_scores, column_truth, label, markevery=0.12, markersize=4.5, **look)
         axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="recall", ylabel="precision")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def correlation_chart(correlation: np.ndarray, class_names: Sequence[str]) -> bytes | None:
@@ -121,21 +121,32 @@ def correlation_chart(correlation: np.ndarray, class_names: Sequence[str]) -> by
         correlation: [C,C] float; the scale follows the largest value off the diagonal, NaN is grey.
         class_names: C names.
     """
-    num_classes = len(class_names)
-    if not num_classes:
+    if not class_names:
         return None
+    off_diagonal = np.abs(correlation[~np.eye(len(class_names), dtype=bool)])
+    finite = off_diagonal[np.isfinite(off_diagonal)]
+    limit = max(float(finite.max(initial=0.0)), 1e-3)
+    return matrix_chart(correlation, class_names, cmap="RdBu_r", vmin=-limit, vmax=limit)
+
+
+def matrix_chart(matrix: np.ndarray, class_names: Sequence[str], **look: Any) -> bytes:
+    """Draw a matrix with every class named on both axes; it grows with the number of classes.
+
+    Args:
+        matrix: [C,C] float; NaN is grey.
+        class_names: C names, at least one.
+        look: colour map and limits, as in matplotlib's `imshow`.
+    """
+    num_classes = len(class_names)
     labels = [chart_label(name, limit=22) for name in class_names]
     # Inches for a class: many for few classes, never less than a 6.5 point letter needs, and 80 fit the page's width.
     pitch = min(0.5, max(0.112, 7.6 / num_classes))
     font = min(10.0, max(6.5, pitch * 72 * 0.72))
     margin = 0.4 + font / 72 * 0.58 * max(len(label) for label in labels)
-    off_diagonal = np.abs(correlation[~np.eye(num_classes, dtype=bool)])
-    finite = off_diagonal[np.isfinite(off_diagonal)]
-    limit = max(float(finite.max(initial=0.0)), 1e-3)
     side = pitch * num_classes
-    with _drawing(max(side + margin + 0.75, 4.0), side + margin) as (figure, axes):
+    with drawing(max(side + margin + 0.75, 4.0), side + margin) as (figure, axes):
         axes.set_facecolor("#bbbbbb")
-        image = axes.imshow(correlation, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        image = axes.imshow(matrix, interpolation="nearest", **look)
         places = range(num_classes)
         axes.set_xticks(places, labels, rotation=90, fontsize=font, parse_math=False)
         axes.set_yticks(places, labels, fontsize=font, parse_math=False)
@@ -143,7 +154,7 @@ def correlation_chart(correlation: np.ndarray, class_names: Sequence[str]) -> by
         axes.grid(visible=False)
         bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.015)
         bar.outline.set_visible(False)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _step_curve(axes: Axes, scores: torch.Tensor, truth: torch.Tensor, label: str, **look: Any) -> None:
@@ -175,7 +186,7 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _look(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % 7], "linestyle": _STYLES[index % 7], "linewidth": 1.6}
+    return {"color": COLOURS[index % 7], "linestyle": _STYLES[index % 7], "linewidth": 1.6}
 
 
 def _is_number(value: object) -> bool:
@@ -183,7 +194,7 @@ def _is_number(value: object) -> bool:
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """Give a figure of `width` x `height` inches with one pair of axes, under the settings of all charts."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -211,7 +222,7 @@ def _drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
-def _svg(figure: Figure) -> bytes:
+def to_svg(figure: Figure) -> bytes:
     """Return the figure as an SVG without background (the page's card is white) and without date or address."""
     buffer = io.BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -7,26 +7,20 @@ encoded again, and the page forbids every request by its own content security po
 
 from __future__ import annotations
 
-import base64
-import io
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scinet.report import charts
+from scinet.report.rendering import Chart, chart, image_source, render, write_page
 
 DECISION_THRESHOLD = 0.5
 """A class counts as predicted above this probability, as in `scinet.evaluation.metrics.evaluate`."""
 
 _MAX_HEAT_MAP_CLASSES = 80
-_MAX_IMAGE_SIDE = 440
-_logger = logging.getLogger(__name__)
 
 _LOSSES = {"loss/total": "total", "loss/supervised": "supervised"}
 _UNSUPERVISED = {
@@ -50,14 +44,6 @@ class Example:
     name: str
     truth: list[str]
     predicted: list[tuple[str, float]]
-
-
-@dataclass(frozen=True)
-class _Chart:
-    title: str
-    alt: str
-    source: str  # data: address
-    is_wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +105,8 @@ def write_report(
     rows = [_ClassRow(*row) for row in zip(class_names, per_class, num_positives.tolist(), strict=True)]
     rows.sort(key=lambda row: (row.average_precision is None, -(row.average_precision or 0.0), row.name))
     heat_map, strongest, num_shown = _correlation(label_correlation, class_names, num_positives)
-    page = _render(
+    page = render(
+        "page.html.j2",
         title=title,
         summary=summary,
         evaluation=evaluation,
@@ -136,13 +123,7 @@ def write_report(
     )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.html"
-    temporary = directory / f".report.html.{os.getpid()}"
-    try:
-        # File names may hold bytes that are no UTF-8 (lone surrogates in Python): a question mark stands for each.
-        temporary.write_bytes(page.encode("utf-8", errors="replace"))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_page(path, page)
     return path
 
 
@@ -185,31 +166,25 @@ def _check(
     return per_class
 
 
-def _chart(svg: bytes | None, title: str, alt: str, *, is_wide: bool = False) -> _Chart | None:
-    if svg is None:
-        return None
-    return _Chart(title, alt, "data:image/svg+xml;base64," + base64.b64encode(svg).decode(), is_wide)
-
-
-def _curves(history: Sequence[dict[str, Any]]) -> list[_Chart]:
+def _curves(history: Sequence[dict[str, Any]]) -> list[Chart]:
     drawn = [
-        _chart(
+        chart(
             charts.line_chart(history, {"holdout_map": "hold-out mAP"}, mark_best=True),
             "Hold-out mAP",
             _range_alt(history, {"holdout_map": "Hold-out mAP"}),
         ),
-        _chart(charts.line_chart(history, _LOSSES), "Losses", _range_alt(history, _LOSSES)),
-        _chart(
+        chart(charts.line_chart(history, _LOSSES), "Losses", _range_alt(history, _LOSSES)),
+        chart(
             charts.line_chart(history, _UNSUPERVISED),
             "Losses on unknown labels",
             _range_alt(history, _UNSUPERVISED),
         ),
-        _chart(
+        chart(
             charts.line_chart(history, _PSEUDO_LABELS),
             "Pseudo labels against the truth",
             _range_alt(history, _PSEUDO_LABELS),
         ),
-        _chart(
+        chart(
             charts.line_chart(history, {"learning_rate": "learning rate"}),
             "Learning rate",
             _range_alt(history, {"learning_rate": "Learning rate"}),
@@ -232,15 +207,15 @@ def _range_alt(history: Sequence[dict[str, Any]], keys: dict[str, str]) -> str:
 
 def _precision_recall(
     scores: np.ndarray, truth: np.ndarray, class_names: list[str], per_class: list[float | None]
-) -> _Chart | None:
+) -> Chart | None:
     svg = charts.precision_recall_chart(scores, truth, class_names, per_class)
     alt = "Precision over recall for all cells together, the three best and the three worst classes"
-    return _chart(svg, "Precision and recall", alt)
+    return chart(svg, "Precision and recall", alt)
 
 
 def _correlation(
     correlation: np.ndarray | None, class_names: list[str], num_positives: np.ndarray
-) -> tuple[_Chart | None, list[tuple[str, str, float]], int]:
+) -> tuple[Chart | None, list[tuple[str, str, float]], int]:
     """Return the heat map, the eight strongest pairs in words, and how many classes the map shows."""
     if correlation is None:
         return None, [], 0
@@ -257,34 +232,8 @@ def _correlation(
     svg = charts.correlation_chart(correlation[np.ix_(shown, shown)], [class_names[index] for index in shown])
     pairs = ", ".join(f"{a} with {b} {value:+.2f}" for a, b, value in strongest[:3])
     alt = f"Heat map of the correlation between {len(shown)} classes" + (f"; strongest: {pairs}" if pairs else "")
-    return _chart(svg, "Label correlation", alt, is_wide=True), strongest, len(shown)
+    return chart(svg, "Label correlation", alt, is_wide=True), strongest, len(shown)
 
 
 def _picture(example: Example) -> _Picture:
-    return _Picture(example.name, _image_source(example), judge(example))
-
-
-def _image_source(example: Example) -> str | None:
-    """Return a small JPEG made anew, so without position or other hidden data, as a data: address; None if broken."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(example.jpeg), formats=("JPEG", "PNG", "WEBP")) as image:
-            # Lets the JPEG decoder itself shrink a large photograph, many times faster than decoding all of it.
-            image.draft("RGB", (2 * _MAX_IMAGE_SIDE, 2 * _MAX_IMAGE_SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        _logger.warning("report: image %r cannot be decoded (%s), its place says so", example.name, error)
-        return None
-    small.thumbnail((_MAX_IMAGE_SIDE, _MAX_IMAGE_SIDE))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=82, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _render(**content: Any) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("scinet.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(content)
+    return _Picture(example.name, image_source(example.jpeg, example.name), judge(example))

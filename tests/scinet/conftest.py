@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +53,28 @@ def collect(samples: Iterable[RawSample], folder: Path) -> Collection:
     return Collection("tiny", list(CLASSES), {"name": "test"}, records, 0, read_source)
 
 
+def build_samples(
+    samples: Iterable[RawSample],
+    out: Path,
+    *,
+    class_names: Sequence[str] = CLASSES,
+    name: str = "tiny",
+    source: dict[str, Any] | None = None,
+    holdout: float = 0.0,
+    shard_samples: int = 5,
+) -> DataCard:
+    """Shards of samples that a test thought up."""
+    with tempfile.TemporaryDirectory() as folder:
+        collection = replace(
+            collect(samples, Path(folder)),
+            name=name,
+            class_names=list(class_names),
+            source={"name": "test"} if source is None else source,
+        )
+        options = BuildOptions(holdout=holdout, shard_samples=shard_samples)
+        return build(lambda _: collection, out, options, lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def make_image() -> MakeImage:
     """``make_image(seed, kind, size)``: the bytes of a small noise image."""
@@ -92,12 +116,11 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory, make_samples: MakeSamp
         holdout: float = 0.0,
         out: Path | None = None,
     ) -> DataCard:
-        folder = tmp_path_factory.mktemp("images")
-        return build(
-            lambda _: collect(make_samples(num_samples) if samples is None else samples, folder),
+        return build_samples(
+            make_samples(num_samples) if samples is None else samples,
             out or tmp_path_factory.mktemp("shards") / str(next(numbers)),
-            BuildOptions(holdout=holdout, shard_samples=shard_samples),
-            lambda *_: None,
+            holdout=holdout,
+            shard_samples=shard_samples,
         )
 
     return make

@@ -101,6 +101,19 @@ def test_damaged_card_is_named(refused: Any, own_scenes: Path) -> None:
     refused(FAILURE, [f"data.path={own_scenes}"], str(own_scenes / "dataset.json"))
 
 
+def test_mask_file_without_a_training_sample_is_named_before_the_run(
+    refused: Any, scinet: Any, scenes: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mask.jsonl"
+    assert scinet("data", "mask", scenes, "--known-ratio", 0.3, "--out", path).status == 0
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n")
+    last = json.loads(lines[-1])["id"]
+    refused(FAILURE, [f"data.mask_file={path}"], str(path), f"'{last}'", f"1 of {len(lines) - 1}")
+    refused(USAGE, [f"data.mask_file={tmp_path / 'masc.jsonl'}"], "masc.jsonl", "did you mean")
+    refused(USAGE, [f"data.mask_file={path}", "data.single_positive=true"], "'data.single_positive'")
+
+
 def _resize(folder: Path, shard: str, content: bytes) -> None:
     """Replace a shard and let the card say its new size, so that only reading meets the damage."""
     (folder / shard).write_bytes(content)

@@ -205,7 +205,7 @@ def _read_columns(options: TableOptions, declared: list[str] | None) -> tuple[li
         rows.append(offset, line)
         for cell in cells[1:]:
             codes.setdefault(cell.strip(), line)
-    meaning = _meanings(options, codes)
+    meaning = meanings(options.labels, codes, negative=options.negative, unknown=options.unknown)
     return order, rows
 
 
@@ -221,22 +221,36 @@ def _compare_classes(options: TableOptions, names: list[str], declared: list[str
         )
 
 
-def _meanings(options: TableOptions, codes: dict[str, int]) -> dict[str, int]:
-    """Return what each code of the table means; refuses to guess whether -1 or 0 is "absent" or "not annotated"."""
+def meanings(path: Path, codes: dict[str, int], *, negative: str | None, unknown: str | None) -> dict[str, int]:
+    """Return what each code of a table means; refuses to guess whether -1 or 0 is "absent" or "not annotated".
+
+    Args:
+        path: of the table, for messages.
+        codes: each with the line it is first seen on.
+        negative: the code that means absent, or None.
+        unknown: the code that means not annotated, or None.
+
+    Returns:
+        code to +1 present, -1 absent, 0 unknown.
+
+    Raises:
+        ConfigError: if a code can mean two things.
+        DataError: if it can mean none.
+    """
     for code, line in codes.items():
-        if code not in ("", "0", "1", "-1", options.negative, options.unknown):
-            raise DataError(f"{options.labels} line {line}: label '{code}' is none of 1, 0, -1 or blank")
+        if code not in ("", "0", "1", "-1", negative, unknown):
+            raise DataError(f"{path} line {line}: label '{code}' is none of 1, 0, -1 or blank")
     meaning = {"": 0, "1": 1}
-    if options.negative is not None:
-        meaning[options.negative] = -1
-    if options.unknown is not None:
-        meaning[options.unknown] = 0
+    if negative is not None:
+        meaning[negative] = -1
+    if unknown is not None:
+        meaning[unknown] = 0
     if "-1" not in codes:
         meaning.setdefault("0", -1)
     unclear = sorted(code for code in codes if code not in meaning)
     if unclear:
         raise ConfigError(
-            f"{options.labels} uses the codes {', '.join(sorted(c or 'blank' for c in codes))} and '{unclear[0]}' can "
+            f"{path} uses the codes {', '.join(sorted(c or 'blank' for c in codes))} and '{unclear[0]}' can "
             "mean absent or not annotated: say which with --negative CODE or --unknown CODE"
         )
     return meaning

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scinet.data import mask_file
 from scinet.data.batch import Batch, BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import DataCard
+from scinet.data.mask_file import Header, Row
 from scinet.data.masks import observe
 from scinet.data.stream import Order, SampleStream
 from scinet.data.views import Normalisation, Views, decode
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions
 from tests.scinet.conftest import MakeShards
 
@@ -163,3 +167,28 @@ def test_share_adds_up_when_it_divides(world_size: int, micro: int, accumulation
     num_samples = share.global_batch_size + rest
     steps = share.steps(num_samples)
     assert steps * share.global_batch_size <= num_samples < (steps + 1) * share.global_batch_size
+
+
+def test_labels_are_those_of_the_file_when_a_mask_file_is_given(
+    shards: DataCard, features: Features, tmp_path: Path
+) -> None:
+    path = tmp_path / "mask.jsonl"
+    header = Header(shards.class_names, "", "train", "", 29, None, False, None)
+    names = [*(f"train-{number:04d}" for number in range(29)), *features.ids]
+    mask_file.write(path, header, [Row(name, (number % 3,), ((number + 2) % 3,)) for number, name in enumerate(names)])
+    options = dataclasses.replace(OPTIONS, mask_file=str(path), workers=2)
+    for source in (
+        ImageBatches(shards, options, VIEWS, ("weak",), Share(0, 1, 7, 1), seed=5),
+        FeatureBatches(features, options, 3, Share(0, 1, 29, 1), seed=5),
+    ):
+        for batch in source.epoch(0):
+            for name, row in zip(batch.ids, batch.observed, strict=True):
+                number = names.index(name)
+                assert (row[number % 3], row[(number + 2) % 3], row[(number + 1) % 3]) == (1, -1, 0)
+
+
+def test_features_are_refused_when_the_mask_file_lacks_one(features: Features, tmp_path: Path) -> None:
+    path = tmp_path / "mask.jsonl"
+    mask_file.write(path, Header(("a", "b", "c"), "", "", "", 0, None, False, None), [Row(features.ids[0], (), ())])
+    with pytest.raises(DataError, match="no sample 'id-1'"):
+        FeatureBatches(features, dataclasses.replace(OPTIONS, mask_file=str(path)), 3, Share(0, 1, 29, 1), seed=5)

@@ -1,0 +1,263 @@
+"""``scinet data estimate``: what disk and memory a data set and its training would take, before anything is built.
+
+Nothing here has a formula of its own where the code has one: the card is written by the writer of cards (and scaled),
+the training state is allocated by its own classes on torch's `meta` device, which has sizes and no memory.
+
+Shapes: N samples, C classes, G global batch, M bank rows, D embedding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from scinet.data import card as data_card
+from scinet.data.batch import Share
+from scinet.data.card import DataCard, Missing, Shard, Split
+from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
+from scinet.data.views import VIEW_NAMES
+from scinet.errors import ConfigError
+from scinet.fusion.confidence import Fusion
+from scinet.fusion.thresholds import DynamicThresholds
+from scinet.options import Combine, Method, Options, Profile
+from scinet.report.data_page import size
+from scinet.texttable import table
+
+_ID_LENGTH = 16
+# a sample in the window: its dict, its keys and the headers of its bytes objects, as tracemalloc counts them
+_SAMPLE_OVERHEAD = 700
+_PREFETCHED = 2  # torch's default prefetch_factor: samples that wait for each loader process
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """A data set that is or would be."""
+
+    num_samples: int
+    num_classes: int
+    positives_an_image: float
+    negatives_an_image: float
+    image_bytes: float
+    shard_samples: int
+
+    def __post_init__(self) -> None:
+        """Check that an image has no more labels than classes.
+
+        Raises:
+            ConfigError: if it has.
+        """
+        labels = self.positives_an_image + self.negatives_an_image
+        if labels > self.num_classes:
+            raise ConfigError(
+                f"{labels:g} known labels an image (--positives-per-image {self.positives_an_image:g}, "
+                f"--negatives-per-image {self.negatives_an_image:g}) are more than --classes {self.num_classes}"
+            )
+
+
+@dataclass(frozen=True)
+class Need:
+    """One line of the estimate; ``remedy`` names the options that would make it smaller."""
+
+    what: str
+    num_bytes: float
+    remedy: str = ""
+    is_refused: bool = False
+
+
+def of_card(card: DataCard) -> DataSize:
+    """Return the sizes of a data set that is there."""
+    splits = list(card.splits.values())
+    num_samples = sum(split.num_samples for split in splits)
+    positives, negatives = (sum(sum(getattr(s, key)) for s in splits) for key in ("num_positives", "num_negatives"))
+    num_shards = sum(len(split.shards) for split in splits)
+    known = DataSize(
+        num_samples=num_samples,
+        num_classes=card.num_classes,
+        positives_an_image=positives / num_samples,
+        negatives_an_image=negatives / num_samples,
+        image_bytes=0,
+        shard_samples=-(-num_samples // num_shards),
+    )
+    stored = sum(shard.num_bytes for split in splits for shard in split.shards) / num_samples
+    return replace(known, image_bytes=max(1.0, stored - disk(known)[0].num_bytes / num_samples))
+
+
+def disk(data: DataSize) -> list[Need]:
+    """Return what ``scinet data build`` would write."""
+    labels = label_bytes(data)
+    # a header each; contents are filled up to whole blocks, images of many sizes by half a block on average
+    sample = 2 * tarfile.BLOCKSIZE + data.image_bytes + tarfile.BLOCKSIZE / 2 + _blocks(labels)
+    num_shards = -(-data.num_samples // data.shard_samples)
+    # two blocks of zeros end a tar, which is filled up to a record
+    ends = num_shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE / 2)
+    return [
+        Need(
+            f"{num_shards:,} shards: images {size(data.num_samples * data.image_bytes)}, labels "
+            f"{size(data.num_samples * labels)}, the rest is tar",
+            data.num_samples * sample + ends,
+        ),
+        Need("data card", card_bytes(data, num_shards), "more images a shard (--shard-samples)"),
+    ]
+
+
+def _blocks(num_bytes: int) -> int:
+    return -(-num_bytes // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def label_bytes(data: DataSize) -> int:
+    """Return the length of a typical sample's json: class indices spread evenly."""
+    num_positives, num_negatives = round(data.positives_an_image), round(data.negatives_an_image)
+    known = num_positives + num_negatives
+    spread = [number * data.num_classes // max(known, 1) for number in range(known)]
+    step = max(1, known // max(num_positives, 1))
+    positives = spread[::step][:num_positives]
+    negatives = [label for label in spread if label not in set(positives)]
+    labels = {"id": "x" * _ID_LENGTH, "index": data.num_samples, "positives": positives, "negatives": negatives}
+    return len(json.dumps(labels))
+
+
+def card_bytes(data: DataSize, num_shards: int) -> float:
+    """Return the size of the data card: a small one is written, and its shard list scaled."""
+
+    def written(shards: int) -> int:
+        shard = Shard("train-000000.tar", data.shard_samples, int(data.shard_samples * data.image_bytes), "0" * 64)
+        counts = (data.num_samples,) * data.num_classes
+        split = Split(data.num_samples, counts, counts, (shard,) * shards, _pairs(data))
+        with tempfile.TemporaryDirectory() as folder:
+            names = [f"class name {c:05d}" for c in range(data.num_classes)]
+            data_card.write(
+                Path(folder),
+                name="data",
+                class_names=names,
+                splits={"train": split},
+                source={},
+                num_indices=data.num_samples,
+                missing=Missing(),
+            )
+            return (Path(folder) / data_card.CARD_NAME).stat().st_size
+
+    return written(0) + num_shards * (written(2) - written(1))
+
+
+def _pairs(data: DataSize) -> Cooccurrence:
+    """Return as many pairs of classes as positives spread evenly would make, or as the card keeps."""
+    possible = data.num_classes * (data.num_classes - 1) / 2
+    drawn = data.num_samples * data.positives_an_image * max(data.positives_an_image - 1, 0) / 2
+    num_pairs = round(possible * -math.expm1(-drawn / possible)) if possible else 0
+    if data.num_classes > ALL_PAIRS_UP_TO:
+        num_pairs = min(num_pairs, LARGEST_PAIRS)
+    labels = tuple(number * data.num_classes // num_pairs for number in range(num_pairs))
+    return Cooccurrence(labels, labels, (round(drawn / max(num_pairs, 1)),) * num_pairs, num_pairs)
+
+
+def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:
+    """Return the host memory of one rank's stream: shuffle windows, samples that wait, batches."""
+    workers = max(1, options.data.workers)
+    lanes = options.data.lanes
+    open_lanes = workers * (lanes // math.gcd(lanes, ranks * workers))
+    window = min(options.data.shuffle_window + 1, -(-data.num_samples // lanes))
+    stored = data.image_bytes + label_bytes(data) + _SAMPLE_OVERHEAD
+    share = Share(0, ranks, options.train.global_batch_size, options.train.accumulation_steps)
+    num_views = len(VIEW_NAMES) if options.method is Method.scinet else 1
+    example = num_views * 3 * options.model.image_size**2 * _FLOAT + 2 * data.num_classes
+    waiting = options.data.workers * _PREFETCHED
+    return [
+        Need(
+            f"shuffle windows: {open_lanes} lanes x {window} encoded images",
+            open_lanes * window * stored,
+            "data.shuffle_window, data.lanes a multiple of ranks x workers",
+        ),
+        Need(
+            f"batches: {share.micro_batch_size} samples x {num_views} views, twice, and {waiting} that wait",
+            (2 * share.micro_batch_size + waiting) * example,
+            "train.global_batch_size, train.accumulation_steps, model.image_size",
+        ),
+    ]
+
+
+def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need]:
+    """Return the training state that every rank keeps, and the largest workspace of the fusion."""
+    if options.method is not Method.scinet:
+        return []
+    enabled = options.fusion.enabled and options.profile is not Profile.release
+    unlimited = replace(options.fusion, memory_budget_mb=2**40, enabled=enabled)
+    meta = torch.device("meta")
+    text = torch.empty(data.num_classes, data.num_classes, device=meta)
+    fusion = Fusion(
+        unlimited,
+        options.correlation,
+        text,
+        width=width,
+        num_samples=data.num_samples,
+        samples_per_epoch=data.num_samples,
+    )
+    loss = options.loss
+    thresholds = DynamicThresholds(data.num_classes, hard_k=loss.hard_k, window=loss.threshold_window, device=meta)
+    tensors = fusion.state_dict()
+    parts = {
+        prefix: sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(prefix))
+        for prefix in ("memory", "bank", "correlation")
+    }
+    budget = options.fusion.memory_budget_mb
+    is_refused = parts["memory"] / 2**20 > budget
+    needs = [
+        Need(
+            f"confidence memory, {data.num_samples:,} x {data.num_classes:,} fp32"
+            + (f": refused, fusion.memory_budget_mb={budget}" if is_refused else ""),
+            parts["memory"],
+            "fusion.memory=none fusion.momentum=0",
+            is_refused,
+        ),
+        Need(f"bank, {unlimited.bank_size:,} rows of width {width}", parts["bank"], "fusion.bank_size"),
+        Need("Pearson moments", parts["correlation"]),
+        Need(
+            f"thresholds, the last {loss.threshold_window:,} samples",
+            sum(tensor.nbytes for tensor in thresholds.state_dict().values()),
+            "loss.threshold_window",
+        ),
+    ]
+    if enabled and options.fusion.combine is not Combine.linear and options.fusion.label_weight:
+        share = Share(0, ranks, options.train.global_batch_size, options.train.accumulation_steps)
+        # conditional_expectation: a C x C matrix a sample and its Cholesky factor
+        needs.append(
+            Need(
+                f"label term of a step, 2 x {share.micro_batch_size} matrices of C x C",
+                2 * share.micro_batch_size * data.num_classes**2 * _FLOAT,
+                "fusion.label_weight=0, train.accumulation_steps",
+            )
+        )
+    return [need for need in needs if need.num_bytes]
+
+
+def report(data: DataSize, options: Options, width: int, ranks: int) -> str:
+    """Return the whole estimate as tables."""
+    groups = {
+        "disk": disk(data),
+        f"host memory of each of {ranks} rank(s), reading": reading(data, options, ranks),
+        "memory of each rank, fusion": state(data, options, width, ranks),
+    }
+    text = (
+        f"{data.num_samples:,} samples, {data.num_classes:,} classes, {data.positives_an_image:.2f} positives and "
+        f"{data.negatives_an_image:.2f} negatives an image, {size(data.image_bytes)} an image\n"
+    )
+    for title, needs in groups.items():
+        if needs:
+            rows = [(size(need.num_bytes), need.what, need.remedy) for need in needs]
+            total = (size(sum(need.num_bytes for need in needs if not need.is_refused)), "in all", "")
+            text += f"\n{title}\n" + table(("size", "what", "smaller with"), [*rows, total])
+    text += "\nNot in it: towers, gradients, optimiser, activations, Python and torch themselves.\n"
+    refused = [need for need in groups["memory of each rank, fusion"] if need.is_refused]
+    if refused:
+        text += (
+            f"Training would be refused: the confidence memory needs {size(refused[0].num_bytes)}, "
+            f"fusion.memory_budget_mb={options.fusion.memory_budget_mb} allows "
+            f"{size(options.fusion.memory_budget_mb * 2**20)}; raise it, or set {refused[0].remedy}.\n"
+        )
+    return text

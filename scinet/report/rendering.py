@@ -1,0 +1,74 @@
+"""What the pages share: charts and photographs as `data:` addresses, templates that escape, a file written whole."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MAX_IMAGE_SIDE = 440
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture of figures, with the words for those who do not see it."""
+
+    title: str
+    alt: str
+    source: str  # data: address
+    is_wide: bool = False
+
+
+def chart(svg: bytes | None, title: str, alt: str, *, is_wide: bool = False) -> Chart | None:
+    """Return a drawing as a chart of a page, None where nothing was drawn."""
+    if svg is None:
+        return None
+    return Chart(title, alt, "data:image/svg+xml;base64," + base64.b64encode(svg).decode(), is_wide)
+
+
+def image_source(content: bytes, name: str) -> str | None:
+    """Return a small JPEG made anew, so without position or other hidden data, as a data: address; None if broken."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
+            # Lets the JPEG decoder itself shrink a large photograph, many times faster than decoding all of it.
+            image.draft("RGB", (2 * _MAX_IMAGE_SIDE, 2 * _MAX_IMAGE_SIDE))
+            small = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        _logger.warning("report: image %r cannot be decoded (%s), its place says so", name, error)
+        return None
+    small.thumbnail((_MAX_IMAGE_SIDE, _MAX_IMAGE_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render(template: str, **content: Any) -> str:
+    """Return a page of `scinet/report`; every value is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("scinet", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(content)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # File names may hold bytes that are no UTF-8 (lone surrogates in Python): a question mark stands for each.
+        temporary.write_bytes(page.encode("utf-8", errors="replace"))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
