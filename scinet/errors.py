@@ -23,6 +23,12 @@ class DataError(ScinetError):
     """A shard, an image, a label file or a data card is not what it should be."""
 
 
+class BuildInterrupted(ScinetError):
+    """Ctrl-C ended a build; what it has finished is kept (exit status 130)."""
+
+    exit_status = 130
+
+
 class CheckpointError(ScinetError):
     """A run directory or a checkpoint is missing, incomplete or belongs to another run."""
 

@@ -19,7 +19,8 @@ import torch
 
 from scinet.data import card as data_card
 from scinet.data.batch import Share
-from scinet.data.card import DataCard, Shard, Split
+from scinet.data.card import DataCard, Missing, Shard, Split
+from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
 from scinet.data.views import VIEW_NAMES
 from scinet.errors import ConfigError
 from scinet.fusion.confidence import Fusion
@@ -128,13 +129,32 @@ def card_bytes(data: DataSize, num_shards: int) -> float:
     def written(shards: int) -> int:
         shard = Shard("train-000000.tar", data.shard_samples, int(data.shard_samples * data.image_bytes), "0" * 64)
         counts = (data.num_samples,) * data.num_classes
-        split = Split(data.num_samples, counts, counts, (shard,) * shards)
+        split = Split(data.num_samples, counts, counts, (shard,) * shards, _pairs(data))
         with tempfile.TemporaryDirectory() as folder:
             names = [f"class name {c:05d}" for c in range(data.num_classes)]
-            data_card.write(Path(folder), name="data", class_names=names, splits={"train": split}, source={})
+            data_card.write(
+                Path(folder),
+                name="data",
+                class_names=names,
+                splits={"train": split},
+                source={},
+                num_indices=data.num_samples,
+                missing=Missing(),
+            )
             return (Path(folder) / data_card.CARD_NAME).stat().st_size
 
     return written(0) + num_shards * (written(2) - written(1))
+
+
+def _pairs(data: DataSize) -> Cooccurrence:
+    """Return as many pairs of classes as positives spread evenly would make, or as the card keeps."""
+    possible = data.num_classes * (data.num_classes - 1) / 2
+    drawn = data.num_samples * data.positives_an_image * max(data.positives_an_image - 1, 0) / 2
+    num_pairs = round(possible * -math.expm1(-drawn / possible)) if possible else 0
+    if data.num_classes > ALL_PAIRS_UP_TO:
+        num_pairs = min(num_pairs, LARGEST_PAIRS)
+    labels = tuple(number * data.num_classes // num_pairs for number in range(num_pairs))
+    return Cooccurrence(labels, labels, (round(drawn / max(num_pairs, 1)),) * num_pairs, num_pairs)
 
 
 def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:

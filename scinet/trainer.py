@@ -84,8 +84,6 @@ class Trainer:
         if self._options.method is not Method.scinet:
             return None
         train = self._materials.card.split("train")
-        holds = max(split.num_samples for split in self._materials.card.splits.values())
-        total = sum(split.num_samples for split in self._materials.card.splits.values())
         options = self._options.fusion
         if self._options.profile is Profile.release:
             # its targets come from the label correlation alone: no bank, no memory (method.md section 5)
@@ -95,7 +93,7 @@ class Trainer:
             self._options.correlation,
             text_correlation(network.prompter.get_buffer("fixed")),
             width=self._materials.backbone.width,
-            num_samples=max(holds, total),
+            num_samples=self._materials.card.num_indices,
             samples_per_epoch=train.num_samples,
         )
 

@@ -1,71 +1,193 @@
-"""Sources to shards: one function a kind of source."""
+"""Sources to shards: plan, write in parallel, and show the folder under its name only when it is whole.
+
+A build works in ``.NAME.building`` beside its target. What a killed or stopped build has finished stays there, and the
+same command goes on with it: a shard is kept if the plan gives it the same samples at the same indices.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
-from scinet.data import shards
-from scinet.data.card import DataCard
-from scinet.data.formats import scenes, table
-from scinet.data.shards import RawSample
-from scinet.paths import cache_directory
+from scinet.data import card
+from scinet.data.plan import MISSING_NAME, Plan, make_plan
+from scinet.data.records import Collection, Progress
+from scinet.data.shards import ShardTask, read_report, write_shard
+from scinet.data.totals import write_card
+from scinet.data.workshop import Workshop
+from scinet.errors import BuildInterrupted, DataError
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a collection is written.
+
+    Args:
+        holdout: share of the training samples set aside for model selection; None takes the collection's own.
+        shard_samples: samples a shard.
+        jobs: processes that write shards.
+        skip_missing: go on without the images that are missing or cannot be decoded, instead of stopping.
+        reencode: convert other formats than JPEG, PNG and WEBP to JPEG.
+        restart: throw away what an earlier build with other options has finished.
+    """
+
+    holdout: float | None = None
+    shard_samples: int = 256
+    jobs: int = 1
+    skip_missing: bool = False
+    reencode: bool = False
+    restart: bool = False
 
 
-def build_scenes(
-    options: scenes.SceneOptions,
-    out: Path,
-    *,
-    test_share: float,
-    holdout: float,
-    shard_samples: int,
-    progress: Progress,
-) -> DataCard:
-    """Compose scenes and write them; the last ``test_share`` of them are the test split."""
-    num_test = round(options.count * test_share)
+def build(collect: Callable[[Path], Collection], out: Path, options: BuildOptions, progress: Progress) -> card.DataCard:
+    """Write a collection as shards with a data card; the folder appears whole or not at all.
 
-    def samples() -> Iterator[RawSample]:
-        drawings = scenes.load_drawings(cache_directory() / "drawings")
-        for index in range(options.count):
-            image, positives = scenes.compose(index, options, drawings)
-            present = set(positives)
-            negatives = tuple(label for label in range(len(scenes.CLASS_NAMES)) if label not in present)
-            split = "test" if index >= options.count - num_test else "train"
-            yield RawSample(f"scene-{index:07d}", image, "jpg", tuple(positives), negatives, split)
-            progress("scenes", index + 1, options.count)
+    Args:
+        collect: returns the collection, given a folder for what must be unpacked.
+        out: a folder that does not exist yet, or is empty.
+        options: how.
+        progress: told how far it is.
 
-    return shards.build(
-        samples(),
-        out,
-        name=f"scenes-{options.difficulty}",
-        class_names=list(scenes.CLASS_NAMES),
-        source={**scenes.SOURCE, "options": dataclasses.asdict(options)},
-        holdout=holdout,
-        shard_samples=shard_samples,
+    Raises:
+        ConfigError: if ``out`` holds something already, cannot be written, or is being built by another process.
+        DataError: if the source is not what it should be, an image is missing, or the disk is full.
+        BuildInterrupted: on Ctrl-C.
+    """
+    with Workshop.open(out, restart=options.restart) as workshop, _told(workshop):
+        collection = collect(workshop.scratch)
+        holdout = collection.holdout if options.holdout is None else options.holdout
+        workshop.claim(
+            {
+                "name": collection.name or out.name,
+                "options": collection.source.get("options"),
+                "holdout": holdout,
+                "shard_samples": options.shard_samples,
+                "reencode": options.reencode,
+            }
+        )
+        plan = make_plan(
+            collection,
+            workshop.plan,
+            holdout=holdout,
+            shard_samples=options.shard_samples,
+            progress=progress,
+        )
+        _check_missing(plan, workshop, skip_missing=options.skip_missing)
+        _write_shards(plan, collection, workshop, options, progress)
+        write_card(plan, collection, workshop)
+        workshop.finish()
+    return card.read(out)
+
+
+@contextlib.contextmanager
+def _told(workshop: Workshop) -> Iterator[None]:
+    """Turn what ends a build from outside into a sentence that says what is left."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise BuildInterrupted(f"interrupted; {workshop.what_is_left()}") from error
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a process that wrote shards died, perhaps for want of memory (fewer --jobs need less); "
+            f"{workshop.what_is_left()}"
+        ) from error
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        raise DataError(f"writing {workshop.out} failed: {reason}; {workshop.what_is_left()}") from error
+
+
+def _check_missing(plan: Plan, workshop: Workshop, *, skip_missing: bool) -> None:
+    if not plan.num_missing:
+        return
+    names = ", ".join(plan.first_missing) + (", ..." if plan.num_missing > len(plan.first_missing) else "")
+    count = f"{plan.num_missing} of {plan.num_records} images are missing ({names})"
+    if not plan.num_indices:
+        raise DataError(f"all {count.partition(' of ')[2]}: is --source the right folder?")
+    if not skip_missing:
+        workshop.keep()
+        raise DataError(
+            f"{count}; {plan.folder / MISSING_NAME} lists them all: put them there, or leave them out with "
+            "`--missing skip`"
+        )
+
+
+def _write_shards(
+    plan: Plan, collection: Collection, workshop: Workshop, options: BuildOptions, progress: Progress
+) -> None:
+    """Write the shards that are not finished yet."""
+    sizes = {shard.file: shard.num_samples for shard in plan.shards}
+    tasks = (
+        ShardTask(
+            file=shard.file,
+            directory=workshop.whole,
+            sidecar=workshop.sidecar(shard.file),
+            plan=plan.file(shard.split),
+            offset=shard.offset,
+            length=shard.length,
+            digest=shard.digest,
+            num_classes=len(collection.class_names),
+            load=collection.load,
+            reencode=options.reencode,
+            skip_broken=options.skip_missing,
+        )
+        for shard in plan.shards
     )
+    waiting = [task for task in tasks if not _is_finished(task)]
+    workshop.keep()
+    workshop.sweep(set(sizes))
+    done = plan.num_indices - sum(sizes[task.file] for task in waiting)
+    for file in _run(waiting, options.jobs):
+        done += sizes[file]
+        progress("images", done, plan.num_indices)
 
 
-def build_table(
-    options: table.TableOptions, out: Path, *, name: str, holdout: float, shard_samples: int, progress: Progress
-) -> DataCard:
-    """Read a label table and its images and write them."""
-    class_names, rows = table.read(options)
+def _is_finished(task: ShardTask) -> bool:
+    """Tell whether an earlier build has written a shard as this one would."""
+    report = read_report(task.sidecar)
+    path = task.directory / task.file
+    if report is None or report.plan_digest != task.digest or not path.is_file():
+        return False
+    return path.stat().st_size == report.num_bytes and (task.skip_broken or not report.broken)
 
-    def samples() -> Iterator[RawSample]:
-        for done, sample in enumerate(table.samples(options, rows), start=1):
-            yield sample
-            progress("images", done, len(rows))
 
-    described = {key: str(value) for key, value in dataclasses.asdict(options).items() if value is not None}
-    return shards.build(
-        samples(),
-        out,
-        name=name,
-        class_names=class_names,
-        source={"name": options.labels.name, "rows": len(rows), "options": described},
-        holdout=holdout,
-        shard_samples=shard_samples,
-    )
+def _run(tasks: list[ShardTask], jobs: int) -> Iterator[str]:
+    """Write shards in this process or in several, and yield the name of each when it is finished."""
+    if jobs == 1 or len(tasks) <= 1:
+        yield from map(write_shard, tasks)
+        return
+    # not forked: this process has threads, and a child would inherit the lock on the folder
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_start_worker)
+    try:
+        for future in as_completed([pool.submit(write_shard, task) for task in tasks]):
+            yield future.result()
+    except (KeyboardInterrupt, GeneratorExit):
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        # the shards at hand are finished, unless the workers were told to end
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the first process, and end with it however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scinet.data.cooccurrence import Cooccurrence, from_tree
 from scinet.errors import ConfigError, DataError, nearest
 
 CARD_NAME = "dataset.json"
@@ -28,12 +29,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of one split and what their labels say."""
+    """The shards of one split and what their labels say; a card of an older build has no co-occurrence."""
 
     num_samples: int
     num_positives: tuple[int, ...]
     num_negatives: tuple[int, ...]
     shards: tuple[Shard, ...]
+    cooccurrence: Cooccurrence | None = None
 
     @property
     def label_density(self) -> float:
@@ -43,10 +45,26 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """Images that the collection lists and the shards do not hold; ``file``, beside the shards, lists them."""
+
+    not_found: int = 0
+    broken: int = 0
+    file: str = ""
+
+    @property
+    def count(self) -> int:
+        """Both kinds."""
+        return self.not_found + self.broken
+
+
+@dataclass(frozen=True)
 class DataCard:
     """What a folder of shards holds, and where it came from.
 
-    ``url`` is the prefix of shards that are not local; ``where`` names the card in messages.
+    The ``index`` of every sample is below ``num_indices``, and images that were left out as broken leave gaps: what is
+    kept per sample wants ``num_indices`` places. ``url`` is the prefix of shards that are not local; ``where`` names
+    the card in messages.
     """
 
     name: str
@@ -55,6 +73,8 @@ class DataCard:
     source: dict[str, Any]
     directory: Path
     sha256: str
+    num_indices: int = 0
+    missing: Missing = Missing()
     url: str = ""
     where: str = CARD_NAME
 
@@ -80,21 +100,37 @@ class DataCard:
 
 
 def write(
-    directory: Path, *, name: str, class_names: list[str], splits: dict[str, Split], source: dict[str, Any]
+    directory: Path,
+    *,
+    name: str,
+    class_names: list[str],
+    splits: dict[str, Split],
+    source: dict[str, Any],
+    num_indices: int,
+    missing: Missing,
 ) -> None:
     """Write the card; the last file of a build, so that a folder with a card is a whole one."""
     tree = {
         "format": "scinet-shards-1",
         "name": name,
         "class_names": class_names,
-        "splits": {
-            key: dataclasses.asdict(value) | {"label_density": value.label_density} for key, value in splits.items()
-        },
+        "num_indices": num_indices,
+        "splits": {key: _split_tree(value) for key, value in splits.items()},
+        "missing": {"count": missing.count} | dataclasses.asdict(missing),
         "source": source,
     }
+    text = json.dumps(tree, indent=1, ensure_ascii=False)
+    # a long list of numbers takes one line, not one line a number
+    text = re.sub(r"\[\n[\s\d,-]+\]", lambda numbers: " ".join(numbers.group().split()), text)
     temporary = directory / f".{CARD_NAME}.part"
-    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.rename(directory / CARD_NAME)
+
+
+def _split_tree(split: Split) -> dict[str, Any]:
+    tree = dataclasses.asdict(split) | {"label_density": split.label_density}
+    del tree["cooccurrence"]
+    return tree if split.cooccurrence is None else tree | {"cooccurrence": split.cooccurrence.tree()}
 
 
 def read(directory: Path, *, prepare: str = "scinet data build", checks_shards: bool = True) -> DataCard:
@@ -154,6 +190,9 @@ def parse(
             source=dict(tree["source"]),
             directory=Path(url) if directory is None else directory,
             sha256=hashlib.sha256(content).hexdigest(),
+            # the first cards had no gaps
+            num_indices=int(tree.get("num_indices", sum(split.num_samples for split in splits.values()))),
+            missing=_missing(tree.get("missing", {})),
             url=url,
             where=where,
         )
@@ -174,7 +213,12 @@ def _split(tree: dict[str, Any]) -> Split:
         shards=tuple(
             Shard(str(s["file"]), int(s["num_samples"]), int(s["num_bytes"]), str(s["sha256"])) for s in tree["shards"]
         ),
+        cooccurrence=from_tree(tree["cooccurrence"]) if "cooccurrence" in tree else None,
     )
+
+
+def _missing(tree: dict[str, Any]) -> Missing:
+    return Missing(int(tree.get("not_found", 0)), int(tree.get("broken", 0)), str(tree.get("file", "")))
 
 
 def _check(card: DataCard, path: str) -> None:

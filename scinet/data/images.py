@@ -14,7 +14,9 @@ from scinet.errors import DataError
 
 IMAGE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Extension of an image in a shard to Pillow's name of its format: the only ones that are written, read and decoded."""
-
+REENCODED_QUALITY = 95
+# an MPO, which many phones write, is a JPEG with further pictures after it
+_EXTENSIONS = {kind: extension for extension, kind in IMAGE_FORMATS.items()} | {"MPO": "jpg"}
 # what Pillow's decoders raise on files that were made to break them
 _UNDECODABLE = (
     OSError,
@@ -30,6 +32,10 @@ _UNDECODABLE = (
 )
 
 
+class BrokenImageError(DataError):
+    """An image that is there but cannot be used: ``--missing skip`` leaves it out."""
+
+
 @contextlib.contextmanager
 def opened(content: bytes, what: str, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
     """Give the image of a file's bytes; its pixels are decoded when they are asked for inside.
@@ -40,7 +46,7 @@ def opened(content: bytes, what: str, formats: tuple[str, ...] | None = None) ->
         formats: Pillow's names of those that may be tried; None: all it knows.
 
     Raises:
-        DataError: if the bytes are no image or it cannot be decoded.
+        BrokenImageError: if the bytes are no image or it cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
@@ -48,4 +54,29 @@ def opened(content: bytes, what: str, formats: tuple[str, ...] | None = None) ->
     except _UNDECODABLE as error:
         # Pillow's own words would show the address of a buffer
         reason = "no image format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{what} cannot be decoded ({len(content)} bytes): {reason}") from error
+        raise BrokenImageError(f"{what} cannot be decoded ({len(content)} bytes): {reason}") from error
+
+
+def storable(content: bytes, what: str, *, reencode: bool) -> tuple[bytes, str]:
+    """Return the bytes to store and their extension, after decoding the whole image.
+
+    Args:
+        content: the file.
+        what: begins the sentence, for instance ``image a.gif``.
+        reencode: turn other formats that Pillow reads into JPEG of quality 95; JPEG, PNG and WEBP stay as they are.
+
+    Raises:
+        BrokenImageError: if it cannot be decoded, or is of another format and ``reencode`` is not set.
+    """
+    with opened(content, what) as image:
+        kind = image.format or ""
+        if kind in _EXTENSIONS:
+            # an eighth of the size is enough to meet a damage and saves most of a JPEG's decoding
+            image.draft(image.mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
+            image.load()
+            return content, _EXTENSIONS[kind]
+        if not reencode:
+            raise BrokenImageError(f"{what} is {kind}, expected JPEG, PNG or WEBP; `--reencode jpeg` converts it")
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=REENCODED_QUALITY)
+        return buffer.getvalue(), "jpg"

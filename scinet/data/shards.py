@@ -1,154 +1,164 @@
-"""Writing samples as WebDataset shards: original image bytes and a JSON of ids and sparse labels, nothing else."""
+"""Writing one shard: original image bytes and a JSON of ids and sparse labels, nothing else."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import shutil
-import tempfile
-from collections.abc import Iterable
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
-import webdataset
-
-from scinet.data import card
-from scinet.data.masks import uniform
-from scinet.errors import ConfigError, DataError
+from scinet.data.cooccurrence import PairCounter
+from scinet.data.images import BrokenImageError, storable
+from scinet.data.records import ImageSource
 
 
 @dataclass(frozen=True)
-class RawSample:
-    """A sample as a source format yields it."""
-
-    sample_id: str
-    image: bytes
-    extension: str
-    positives: tuple[int, ...]
-    negatives: tuple[int, ...]
-    split: str
-
-
-def build(
-    samples: Iterable[RawSample],
-    out: Path,
-    *,
-    name: str,
-    class_names: list[str],
-    source: dict[str, Any],
-    holdout: float = 0.1,
-    shard_samples: int = 256,
-) -> card.DataCard:
-    """Write shards and the data card; the folder appears whole or not at all.
+class ShardTask:
+    """What a worker needs to write one shard.
 
     Args:
-        samples: in the order they are stored; ids must be unique.
-        out: a folder that does not exist yet, or is empty.
-        name: name of the data set.
-        class_names: C names.
-        source: version, licence and options for the card.
-        holdout: share of the training samples that are set aside for model selection, by a hash of their id.
-        shard_samples: samples a shard.
+        file: its name in ``directory``.
+        directory: where it goes.
+        sidecar: the JSON of counts, written last: a shard without one is not finished.
+        plan: the file of planned samples; this shard's lines take ``length`` bytes from ``offset``.
+        digest: SHA-256 of those lines.
+        num_classes: C.
+        load: returns the bytes of an image.
+        reencode: see :func:`scinet.data.images.storable`.
+        skip_broken: leave out images that cannot be decoded, instead of stopping.
+    """
+
+    file: str
+    directory: Path
+    sidecar: Path
+    plan: Path
+    offset: int
+    length: int
+    digest: str
+    num_classes: int
+    load: Callable[[ImageSource], bytes]
+    reencode: bool
+    skip_broken: bool
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a shard holds; ``broken`` lists (sample id, where, reason) of the images left out."""
+
+    file: str
+    plan_digest: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    positives: dict[int, int]
+    negatives: dict[int, int]
+    pair_codes: list[int]
+    pair_counts: list[int]
+    broken: list[tuple[str, str, str]]
+
+
+def write_shard(task: ShardTask) -> str:
+    """Write one shard under a temporary name, rename it, then write its sidecar, and return its name.
 
     Raises:
-        ConfigError: if ``out`` holds something already or cannot be written.
-        DataError: if an id comes twice or no sample comes at all.
+        BrokenImageError: naming the first image that cannot be decoded, unless such are skipped.
+        DataError: if the source cannot be read.
+        OSError: if the shard cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty: name another folder with --out, or remove it")
+    positive_counts: Counter[int] = Counter()
+    negative_counts: Counter[int] = Counter()
+    pairs, num_samples = PairCounter(task.num_classes), 0
+    broken: list[tuple[str, str, str]] = []
+    target = task.directory / task.file
+    temporary = target.with_name(f".{task.file}.{os.getpid()}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out.parent}: {error.strerror}") from error
-    try:
-        temporary.chmod(0o755)
-        splits = _write_shards(samples, temporary, len(class_names), holdout, shard_samples)
-        card.write(temporary, name=name, class_names=class_names, splits=splits, source=source)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    except OSError as error:
-        raise DataError(f"writing {out} failed: {error.strerror or error}; nothing was left behind") from error
+        with temporary.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                for sample_id, index, source, positives, negatives in _planned(task):
+                    try:
+                        content, extension = storable(task.load(source), f"image {source}", reencode=task.reencode)
+                    except BrokenImageError as error:
+                        if not task.skip_broken:
+                            raise
+                        broken.append((sample_id, str(source), str(error)))
+                        continue
+                    labels = {"id": sample_id, "index": index, "positives": positives, "negatives": negatives}
+                    key = quote(sample_id, safe="").replace(".", "%2E")
+                    parts = {extension: content, "json": json.dumps(labels, ensure_ascii=False).encode()}
+                    for kind in sorted(parts):
+                        _add(tar, f"{key}.{kind}", parts[kind])
+                    positive_counts.update(positives)
+                    negative_counts.update(negatives)
+                    pairs.add(positives)
+                    num_samples += 1
+            flush_to_disk(file)
+        with temporary.open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        num_bytes = temporary.stat().st_size
+        temporary.rename(target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return card.read(out)
+        temporary.unlink(missing_ok=True)
+    report = ShardReport(
+        file=task.file,
+        plan_digest=task.digest,
+        num_samples=num_samples,
+        num_bytes=num_bytes,
+        sha256=digest,
+        positives=dict(positive_counts),
+        negatives=dict(negative_counts),
+        pair_codes=pairs.pairs()[0],
+        pair_counts=pairs.pairs()[1],
+        broken=broken,
+    )
+    write_json(task.sidecar, vars(report))
+    return task.file
 
 
-def _write_shards(
-    samples: Iterable[RawSample], directory: Path, num_classes: int, holdout: float, shard_samples: int
-) -> dict[str, card.Split]:
-    writers: dict[str, _SplitWriter] = {}
-    seen: set[int] = set()
-    for index, sample in enumerate(samples):
-        key = hash(sample.sample_id)
-        if key in seen:
-            raise DataError(f"sample id '{sample.sample_id}' occurs twice; ids must be unique")
-        seen.add(key)
-        split = sample.split
-        if split == "train" and uniform(f"holdout/{sample.sample_id}") < holdout:
-            split = "holdout"
-        if split not in writers:
-            writers[split] = _SplitWriter(directory, split, num_classes, shard_samples)
-        writers[split].add(sample, index)
-    if not seen:
-        raise DataError("the source holds no sample: nothing was written")
-    return {name: writers[name].finish() for name in card.SPLITS if name in writers}
+def _planned(task: ShardTask) -> Iterator[tuple[str, int, ImageSource, list[int], list[int]]]:
+    with task.plan.open("rb") as plan:
+        plan.seek(task.offset)
+        lines = plan.read(task.length).splitlines()
+    for line in lines:
+        sample_id, index, source, positives, negatives = json.loads(line)
+        yield sample_id, index, ImageSource(*source), positives, negatives
 
 
-class _SplitWriter:
-    """The open shard of one split, and the split's running counts."""
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    # nothing but name and size: the same samples give the same bytes, hence the same checksum, on every machine
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), 0o444
+    tar.addfile(member, io.BytesIO(content))
 
-    def __init__(self, directory: Path, split: str, num_classes: int, shard_samples: int) -> None:
-        self._directory, self._split, self._shard_samples = directory, split, shard_samples
-        self._positives, self._negatives = [0] * num_classes, [0] * num_classes
-        self._shards: list[card.Shard] = []
-        self._tar: webdataset.TarWriter | None = None
-        self._path = directory
-        self._in_shard = 0
 
-    def add(self, sample: RawSample, index: int) -> None:
-        if self._tar is None:
-            self._path = self._directory / f"{self._split}-{len(self._shards):06d}.tar"
-            # mtime 0: the same samples give the same bytes, hence the same checksum on every machine
-            self._tar = webdataset.TarWriter(str(self._path), mtime=0)
-        labels = {
-            "id": sample.sample_id,
-            "index": index,
-            "positives": sorted(sample.positives),
-            "negatives": sorted(sample.negatives),
-        }
-        self._tar.write(
-            {
-                "__key__": quote(sample.sample_id, safe="").replace(".", "%2E"),
-                sample.extension: sample.image,
-                "json": json.dumps(labels, ensure_ascii=False).encode(),
-            }
-        )
-        for label in sample.positives:
-            self._positives[label] += 1
-        for label in sample.negatives:
-            self._negatives[label] += 1
-        self._in_shard += 1
-        if self._in_shard == self._shard_samples:
-            self._close()
+def read_report(path: Path) -> ShardReport | None:
+    """Return the sidecar of a finished shard, None if there is none."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    for key in ("positives", "negatives"):
+        tree[key] = {int(label): count for label, count in tree[key].items()}
+    tree["broken"] = [tuple(entry) for entry in tree["broken"]]
+    return ShardReport(**tree)
 
-    def _close(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        with self._path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._shards.append(card.Shard(self._path.name, self._in_shard, self._path.stat().st_size, digest))
-        self._tar, self._in_shard = None, 0
 
-    def finish(self) -> card.Split:
-        self._close()
-        return card.Split(
-            num_samples=sum(shard.num_samples for shard in self._shards),
-            num_positives=tuple(self._positives),
-            num_negatives=tuple(self._negatives),
-            shards=tuple(self._shards),
-        )
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a small file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with temporary.open("wb") as file:
+        file.write(json.dumps(tree).encode())
+        flush_to_disk(file)
+    temporary.rename(path)
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    """Return when the file's bytes are on the disk, so that a rename never shows an empty file after a power cut."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -3,22 +3,76 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from scinet.data import shards
+from scinet.data.archives import read_source
+from scinet.data.building import BuildOptions, build
 from scinet.data.card import DataCard
-from scinet.data.shards import RawSample
+from scinet.data.records import Collection, ImageSource, Record
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as a test thinks it up."""
+
+    sample_id: str
+    image: bytes
+    extension: str
+    positives: tuple[int, ...]
+    negatives: tuple[int, ...]
+    split: str
+
 
 MakeImage = Callable[..., bytes]
 MakeSamples = Callable[..., list[RawSample]]
 MakeShards = Callable[..., DataCard]
-CLASSES = ("cat", "dog", "owl")
+
+
+def collect(samples: Iterable[RawSample], folder: Path) -> Collection:
+    """A collection of samples, whose images are written to a folder while the records are read."""
+
+    def records() -> Iterator[Record]:
+        for number, sample in enumerate(samples):
+            path = folder / f"{number}.{sample.extension}"
+            path.write_bytes(sample.image)
+            size = len(sample.image)
+            source = ImageSource(str(path), "", 0, size, size)
+            yield Record(sample.sample_id, source, str(path), sample.positives, sample.negatives, sample.split)
+
+    return Collection("tiny", list(CLASSES), {"name": "test"}, records, 0, read_source)
+
+
+def build_samples(
+    samples: Iterable[RawSample],
+    out: Path,
+    *,
+    class_names: Sequence[str] = CLASSES,
+    name: str = "tiny",
+    source: dict[str, Any] | None = None,
+    holdout: float = 0.0,
+    shard_samples: int = 5,
+) -> DataCard:
+    """Shards of samples that a test thought up."""
+    with tempfile.TemporaryDirectory() as folder:
+        collection = replace(
+            collect(samples, Path(folder)),
+            name=name,
+            class_names=list(class_names),
+            source={"name": "test"} if source is None else source,
+        )
+        options = BuildOptions(holdout=holdout, shard_samples=shard_samples)
+        return build(lambda _: collection, out, options, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -62,12 +116,9 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory, make_samples: MakeSamp
         holdout: float = 0.0,
         out: Path | None = None,
     ) -> DataCard:
-        return shards.build(
+        return build_samples(
             make_samples(num_samples) if samples is None else samples,
             out or tmp_path_factory.mktemp("shards") / str(next(numbers)),
-            name="tiny",
-            class_names=list(CLASSES),
-            source={"name": "test"},
             holdout=holdout,
             shard_samples=shard_samples,
         )

@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 
 from scinet import config, estimating
-from scinet.data import shards
 from scinet.data.card import CARD_NAME, DataCard
-from scinet.data.shards import RawSample
 from scinet.data.stream import Order, SampleStream
 from scinet.errors import ConfigError
 from scinet.estimating import DataSize
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
+from tests.scinet.conftest import RawSample, build_samples
 
 CLASSES, SAMPLES, SHARD_SAMPLES = 60, 600, 64
 
@@ -41,7 +40,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> DataCard:
             made.append(RawSample(f"image-{number:06d}.jpg", buffer.getvalue(), "jpg", positives, negatives, "train"))
         return made
 
-    return shards.build(
+    return build_samples(
         samples(),
         tmp_path_factory.mktemp("estimate") / "data",
         name="data",

@@ -113,3 +113,39 @@ def test_splits_are_listed_when_one_is_asked_for_that_is_not_there(folder: Path)
 
 def test_density_is_zero_when_nothing_is_labelled() -> None:
     assert card.Split(1, (0,), (0,), ()).label_density == 0.0
+
+
+def test_counts_are_read_again_when_written(folder: Path) -> None:
+    read = card.read(folder)
+    assert read.num_indices == 7
+    assert read.missing == card.Missing()
+    pairs = read.split("train").cooccurrence
+    assert pairs is not None
+    assert (pairs.num_pairs, pairs.is_whole) == (0, True)
+
+
+def test_card_is_read_when_it_is_of_the_first_kind(folder: Path) -> None:
+    def age(tree: dict[str, Any]) -> None:
+        del tree["num_indices"], tree["missing"]
+        for split in tree["splits"].values():
+            del split["cooccurrence"]
+
+    _edit(folder, age)
+    read = card.read(folder)
+    assert (read.num_indices, read.missing.count) == (7, 0)
+    assert read.split("train").cooccurrence is None
+
+
+def test_class_names_stay_as_they_are_when_they_look_like_numbers(tmp_path: Path) -> None:
+    names = ["[ 1,  2 ]", "[\n1\n]", "  3"]
+    split = card.Split(0, (0, 0, 0), (0, 0, 0), ())
+    card.write(
+        tmp_path,
+        name="n",
+        class_names=names,
+        splits={"train": split},
+        source={},
+        num_indices=0,
+        missing=card.Missing(),
+    )
+    assert list(card.read(tmp_path).class_names) == names

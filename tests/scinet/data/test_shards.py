@@ -12,12 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scinet.data import shards
+from scinet.data.building import BuildOptions, build
 from scinet.data.card import CARD_NAME, DataCard
-from scinet.data.shards import RawSample
 from scinet.data.stream import Order, SampleStream, StoredSample
-from scinet.errors import ConfigError, DataError
-from tests.scinet.conftest import MakeSamples, MakeShards
+from scinet.errors import BuildInterrupted, ConfigError, DataError
+from tests.scinet.conftest import MakeImage, MakeSamples, MakeShards, RawSample, collect
 
 ODD_IDS = [
     "a.b.c",
@@ -103,9 +102,12 @@ def test_bytes_are_identical_when_the_samples_are(make_samples: MakeSamples, mak
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_holdout_takes_its_share_of_the_training_samples_only(share: float, make_shards: MakeShards) -> None:
+def test_holdout_takes_its_share_of_the_training_samples_only(
+    share: float, make_shards: MakeShards, make_image: MakeImage
+) -> None:
+    image = make_image(size=1)
     samples = [
-        RawSample(f"{split}/{n}", b"x", "jpg", (0,), (), split)
+        RawSample(f"{split}/{n}", image, "png", (0,), (), split)
         for split, m in (("train", 1500), ("test", 100))
         for n in range(m)
     ]
@@ -174,15 +176,22 @@ def test_build_is_refused_when_no_sample_comes(tmp_path: Path, make_shards: Make
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [DataError("bad image"), KeyboardInterrupt(), RuntimeError("ours")])
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (DataError("bad list"), DataError),
+        (KeyboardInterrupt(), BuildInterrupted),
+        (RuntimeError("ours"), RuntimeError),
+    ],
+)
 def test_nothing_is_left_behind_when_the_source_fails_half_way(
-    tmp_path: Path, make_samples: MakeSamples, make_shards: MakeShards, error: BaseException
+    tmp_path: Path, make_samples: MakeSamples, make_shards: MakeShards, error: BaseException, seen: type[BaseException]
 ) -> None:
     def source() -> Iterator[RawSample]:
         yield from make_samples(7)
         raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(seen):
         make_shards(samples=source(), shard_samples=3, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -199,7 +208,8 @@ def test_nothing_is_left_behind_when_the_disk_is_full(
     assert not list(tmp_path.iterdir())
 
 
-def test_default_holdout_is_a_tenth_when_not_given(tmp_path: Path) -> None:
-    samples = (RawSample(str(n), b"x", "png", (), (), "train") for n in range(600))
-    card = shards.build(samples, tmp_path / "out", name="n", class_names=["a"], source={})
+def test_default_holdout_is_a_tenth_when_not_given(tmp_path: Path, make_image: MakeImage) -> None:
+    samples = [RawSample(str(n), make_image(size=1), "png", (), (), "train") for n in range(600)]
+    collection = collect(samples, tmp_path)
+    card = build(lambda _: collection, tmp_path / "out", BuildOptions(), lambda *_: None)
     assert 30 < card.split("holdout").num_samples < 95

@@ -15,11 +15,10 @@ import pytest
 from scinet.data.card import CARD_NAME, DataCard
 from scinet.data.findings import ERROR, KINDS, NUM_EXAMPLES, WARNING, Findings
 from scinet.data.members import IMAGE_FORMATS
-from scinet.data.shards import RawSample
 from scinet.data.stream import IMAGE_EXTENSIONS
 from scinet.data.validate import validate
 from scinet.errors import ConfigError, DataError
-from tests.scinet.conftest import MakeImage, MakeSamples, MakeShards
+from tests.scinet.conftest import MakeImage, MakeSamples, MakeShards, RawSample
 
 Members = list[tuple[str, bytes]]
 SHARD = "train-000000.tar"

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from scinet import inspecting
-from scinet.data import census, shards
+from scinet.data import census
 from scinet.data.card import DataCard
-from scinet.data.shards import RawSample
 from scinet.errors import ConfigError, DataError
 from scinet.report.data_page import class_rows, size, split_rows
+from tests.scinet.conftest import RawSample, build_samples
 from tests.scinet.report.test_page import parse
 
 HOSTILE = ['<script>alert("1")</script>', "$\\frac{1}{2}$ & \u202e\x1b[31m", "x" * 300, "図書館", "{{ 7 * 7 }}", "]]>"]
@@ -36,7 +36,7 @@ def _build(out: Path, num_classes: int, num_samples: int = 24) -> DataCard:
         return made
 
     source = {"name": "<i>them</i>", "missing": {"count": 3}, "url": "javascript:alert(1)"}
-    return shards.build(samples(), out, name="a <b>&", class_names=names, source=source, holdout=0.0, shard_samples=5)
+    return build_samples(samples(), out, name="a <b>&", class_names=names, source=source, holdout=0.0, shard_samples=5)
 
 
 def _write(card: DataCard, path: Path, samples: int = 7) -> None:

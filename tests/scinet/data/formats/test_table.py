@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scinet.data.building import build_table
-from scinet.data.formats.table import Row, TableOptions, read, samples
-from scinet.data.shards import RawSample
+from scinet.data.building import BuildOptions, build
+from scinet.data.card import DataCard
+from scinet.data.formats.table import Row, TableOptions, collection, read
+from scinet.data.records import Record
 from scinet.data.stream import Order, SampleStream
 from scinet.errors import ConfigError, DataError, ScinetError
 from tests.scinet.conftest import MakeImage
@@ -49,15 +50,20 @@ def _labels(options: TableOptions) -> list[list[int]]:
     return signs
 
 
-def _images_of(options: TableOptions) -> list[RawSample]:
-    return list(samples(options, read(options)[1]))
+def _records(options: TableOptions) -> list[Record]:
+    return list(collection(options).records())
+
+
+def _built(options: TableOptions, **given: Any) -> DataCard:
+    out = options.images.parent / "out"
+    return build(lambda _: collection(options), out, BuildOptions(holdout=0, **given), lambda *_: None)
 
 
 def _refusal(options: TableOptions, kind: type[ScinetError] = DataError) -> str:
     with pytest.raises(kind) as caught:
-        _images_of(options)
+        _built(options)
     assert "\n" not in str(caught.value)
-    assert type(caught.value) is kind
+    assert caught.value.exit_status == kind.exit_status
     return str(caught.value)
 
 
@@ -103,12 +109,13 @@ def test_line_is_named_when_a_code_is_strange(images: Path, code: str) -> None:
 def test_rows_keep_their_place_and_line_when_read(images: Path) -> None:
     names, rows = read(_options(images, "file,cat,dog,owl\nim0.png,0,1,1\nsub/im.jpg,1,0,0\n"))
     assert names == ["cat", "dog", "owl"]
-    assert rows == [Row("im0.png", (1, 2), (0,), 2), Row("sub/im.jpg", (0,), (1, 2), 3)]
+    assert list(rows) == [Row("im0.png", (1, 2), (0,), 2), Row("sub/im.jpg", (0,), (1, 2), 3)]
 
 
 def test_columns_follow_the_class_list_when_there_is_one(images: Path) -> None:
     options = _options(images, "file,cat,dog\nim0.png,1,0\n", classes="dog\n\n cat \n")
-    assert read(options) == (["dog", "cat"], [Row("im0.png", (1,), (0,), 2)])
+    names, rows = read(options)
+    assert (names, list(rows)) == (["dog", "cat"], [Row("im0.png", (1,), (0,), 2)])
 
 
 def test_names_are_kept_when_they_hold_commas_quotes_and_other_scripts(images: Path) -> None:
@@ -182,6 +189,55 @@ def test_class_list_is_named_when_missing(images: Path) -> None:
     assert "none.txt does not exist" in _refusal(missing, ConfigError)
 
 
+LISTS = "file,note,tags\nim0.png,x,cat; dog\nim1.png,y,\nim2.png,z, dog ;dog\n"
+
+
+@pytest.mark.parametrize("mark", [";", "|"])
+def test_list_column_is_read_when_what_it_leaves_out_is_absent(images: Path, mark: str) -> None:
+    options = _options(images, LISTS.replace(";", mark), list_column="tags", negative="unlisted")
+    names, rows = read(options)
+    assert names == ["cat", "dog"]
+    assert list(rows) == [Row("im0.png", (0, 1), (), 2), Row("im1.png", (), (0, 1), 3), Row("im2.png", (1,), (0,), 4)]
+
+
+def test_list_column_is_read_when_what_it_leaves_out_is_unknown(images: Path) -> None:
+    options = _options(images, LISTS, classes="dog\ncat\nowl\n", list_column="tags", unknown="unlisted")
+    names, rows = read(options)
+    assert names == ["dog", "cat", "owl"]
+    assert list(rows) == [Row("im0.png", (0, 1), (), 2), Row("im1.png", (), (), 3), Row("im2.png", (0,), (), 4)]
+
+
+@pytest.mark.parametrize("given", [{}, {"negative": "0"}, {"negative": "unlisted", "unknown": "unlisted"}])
+def test_list_column_is_refused_when_nobody_says_what_it_leaves_out(images: Path, given: dict[str, str]) -> None:
+    message = _refusal(_options(images, LISTS, list_column="tags", **given), ConfigError)
+    assert "absent or not annotated" in message
+    assert "--negative unlisted or --unknown unlisted" in message
+
+
+def test_list_column_is_suggested_when_it_is_spelt_otherwise(images: Path) -> None:
+    message = _refusal(_options(images, LISTS, list_column="tgas", unknown="unlisted"))
+    assert "no column 'tgas'" in message
+    assert "did you mean 'tags'" in message
+
+
+def test_line_is_named_when_a_list_column_separates_in_two_ways(images: Path) -> None:
+    text = "file,tags\nim0.png,cat;dog\nim1.png,cat|owl\n"
+    assert "line 3: column 'tags' separates names both" in _refusal(
+        _options(images, text, list_column="tags", unknown="unlisted")
+    )
+
+
+def test_line_is_named_when_a_list_column_names_another_class(images: Path) -> None:
+    message = _refusal(_options(images, LISTS, classes="cat\ndgo\n", list_column="tags", unknown="unlisted"))
+    assert "line 2: class 'dog'" in message
+    assert "did you mean 'dgo'" in message
+
+
+def test_rows_are_found_again_when_cells_hold_line_breaks(images: Path) -> None:
+    _, rows = read(_options(images, 'file,cat\n"im0.png\n",1\nim1.png,0\n'))
+    assert [rows[1], rows[0]] == [Row("im1.png", (), (0,), 3), Row("im0.png", (0,), (), 2)]
+
+
 def _lines(*records: object) -> str:
     return "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
 
@@ -192,12 +248,12 @@ def test_jsonl_is_read_when_negatives_are_left_out_or_given(images: Path) -> Non
     )
     names, rows = read(_options(images, text, "labels.jsonl"))
     assert names == ["cat", "dog"]
-    assert rows == [Row("im0.png", (1,), (), 1), Row("im1.png", (), (0, 1), 3)]
+    assert list(rows) == [Row("im0.png", (1,), (), 1), Row("im1.png", (), (0, 1), 3)]
 
 
 def test_jsonl_counts_a_class_once_when_it_is_named_twice(images: Path) -> None:
     text = _lines({"file": "im0.png", "positives": ["cat", "cat"], "negatives": ["dog", "dog"]})
-    assert read(_options(images, text, "labels.jsonl"))[1] == [Row("im0.png", (0,), (1,), 1)]
+    assert list(read(_options(images, text, "labels.jsonl"))[1]) == [Row("im0.png", (0,), (1,), 1)]
 
 
 @pytest.mark.parametrize(
@@ -236,16 +292,16 @@ def test_class_is_named_when_it_is_positive_and_negative_at_once(images: Path) -
 def test_image_is_suggested_when_missing(images: Path) -> None:
     message = _refusal(_options(images, "file,cat\nim0.png,1\nim11.png,1\n"))
     assert "line 3" in message
-    assert "im11.png does not exist" in message
+    assert "1 of 2 images are missing" in message
+    assert "im11.png of labels.csv line 3" in message
     assert "did you mean" in message
-    assert "--skip-bad" in message
+    assert "--missing skip" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n1234"])
 def test_image_is_named_when_it_cannot_be_decoded(images: Path, content: bytes) -> None:
     (images / "im1.png").write_bytes(content)
     message = _refusal(_options(images, "file,cat\nim0.png,1\nim1.png,1\n"))
-    assert "line 3" in message
     assert f"im1.png cannot be decoded ({len(content)} bytes)" in message
 
 
@@ -256,14 +312,18 @@ def test_image_is_named_when_absurdly_large(images: Path, monkeypatch: pytest.Mo
 
 def test_image_is_named_when_its_kind_cannot_be_stored(images: Path) -> None:
     Image.new("RGB", (4, 4)).save(images / "im0.gif")
-    assert "GIF" in _refusal(_options(images, "file,cat\nim0.gif,1\n"))
+    message = _refusal(_options(images, "file,cat\nim0.gif,1\n"))
+    assert "GIF" in message
+    assert "--reencode jpeg" in message
 
 
 def test_bad_images_are_left_out_when_asked(images: Path) -> None:
     (images / "im1.png").write_bytes(b"")
     text = "file,cat\nim0.png,1\nim1.png,1\nnone.png,0\nim2.png,0\n"
-    options = _options(images, text, skip_bad=True)
-    assert sorted(sample.sample_id for sample in _images_of(options)) == ["im0.png", "im2.png"]
+    card = _built(_options(images, text), skip_missing=True)
+    stored = SampleStream(card, "train", Order(0, 0, 1, 0))
+    assert sorted(sample.sample_id for sample in stored) == ["im0.png", "im2.png"]
+    assert (card.missing.not_found, card.missing.broken) == (1, 1)
 
 
 def test_test_split_is_last_after_the_shuffle_when_asked_for(images: Path) -> None:
@@ -271,21 +331,22 @@ def test_test_split_is_last_after_the_shuffle_when_asked_for(images: Path) -> No
     orders = []
     for seed in range(4):
         options = _options(images, text, test_samples=2, shuffle_seed=seed)
-        made = _images_of(options)
+        made = _records(options)
         assert [sample.split for sample in made] == ["train"] * 4 + ["test"] * 2
         assert sorted(sample.sample_id for sample in made) == [f"im{n}.png" for n in range(6)]
         assert all(sample.positives == ((0,) if int(sample.sample_id[2]) % 2 else ()) for sample in made)
         orders.append([sample.sample_id for sample in made])
-        assert orders[-1] == [sample.sample_id for sample in _images_of(options)]
+        assert orders[-1] == [sample.sample_id for sample in _records(options)]
     assert len({tuple(order) for order in orders}) > 1
 
 
 def test_test_split_keeps_its_members_when_bad_images_are_left_out(images: Path) -> None:
     text = "file,cat\n" + "".join(f"im{n}.png,1\n" for n in range(6))
-    options = _options(images, text, test_samples=2, skip_bad=True)
-    before = {s.sample_id for s in _images_of(options) if s.split == "test"}
+    options = _options(images, text, test_samples=2)
+    before = {s.sample_id for s in _records(options) if s.split == "test"}
     (images / sorted(before)[0]).unlink()
-    assert {s.sample_id for s in _images_of(options) if s.split == "test"} == before - {sorted(before)[0]}
+    there = [s for s in _records(options) if s.image is not None]
+    assert {s.sample_id for s in there if s.split == "test"} == before - {sorted(before)[0]}
 
 
 @pytest.mark.parametrize("number", [1, 5, -1])
@@ -297,10 +358,10 @@ def test_test_split_is_refused_when_it_leaves_no_training_row(images: Path, numb
 def test_table_comes_back_from_its_shards_when_built(images: Path, tmp_path: Path) -> None:
     options = _options(images, "file,cat,dog\nim0.png,1,0\nsub/im.jpg,,1\n")
     reports: list[tuple[str, int, int]] = []
-    card = build_table(
-        options, tmp_path / "out", name="n", holdout=0, shard_samples=9, progress=lambda *seen: reports.append(seen)
-    )
+    settings = BuildOptions(holdout=0, shard_samples=9)
+    card = build(lambda _: collection(options), tmp_path / "mine", settings, lambda *seen: reports.append(seen))
+    assert card.name == "mine"
     stored = {s.sample_id: s for s in SampleStream(card, "train", Order(0, 0, 1, 0))}
     assert {name: s.truth.tolist() for name, s in stored.items()} == {"im0.png": [1, -1], "sub/im.jpg": [0, 1]}
     assert all(s.image == (images / name).read_bytes() for name, s in stored.items())
-    assert reports == [("images", 1, 2), ("images", 2, 2)]
+    assert reports == [("listed", 2, 2), ("images", 2, 2)]
