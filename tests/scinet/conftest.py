@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,22 @@ def build_samples(
         )
         options = BuildOptions(holdout=holdout, shard_samples=shard_samples)
         return build(lambda _: collection, out, options, lambda *_: None)
+
+
+def spoil(card: DataCard, *sample_ids: str) -> DataCard:
+    """Overwrite the images of these samples where they lie, since the builder would refuse what cannot be decoded."""
+    wanted = set(sample_ids)
+    for split in card.splits:
+        for path in card.shard_paths(split):
+            with tarfile.open(path) as tar, path.open("r+b") as file:
+                for member in tar:
+                    name, _, extension = member.name.partition(".")
+                    if name in wanted and extension != "json":
+                        file.seek(member.offset_data)
+                        file.write(bytes(member.size))
+                        wanted.remove(name)
+    assert not wanted, wanted
+    return card
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,11 @@ from scinet.data.batch import Batch, BatchSource, FeatureBatches, Features, Imag
 from scinet.data.card import DataCard
 from scinet.data.mask_file import Header, Row
 from scinet.data.masks import observe
-from scinet.data.shards import RawSample
 from scinet.data.stream import Order, SampleStream
 from scinet.data.views import Normalisation, Views, decode
 from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions, OnBadSample
-from tests.scinet.conftest import MakeShards
+from tests.scinet.conftest import MakeShards, spoil
 
 VIEWS = Views(8, Normalisation((0.5,) * 3, (0.5,) * 3), smallest_crop=0.5)
 OPTIONS = DataOptions(known_ratio=0.5, lanes=4, shuffle_window=3)
@@ -152,11 +151,8 @@ def test_epoch_is_equal_when_loader_processes_begin_at_a_step(shards: DataCard, 
 
 
 @pytest.fixture(scope="module")
-def spoilt(make_shards: MakeShards, make_samples: Callable[..., list[RawSample]]) -> DataCard:
-    samples = make_samples(29)
-    for number in (3, 11):
-        samples[number] = dataclasses.replace(samples[number], image=b"no image")
-    return make_shards(samples=samples, shard_samples=6)
+def spoilt(make_shards: MakeShards) -> DataCard:
+    return spoil(make_shards(29, shard_samples=6), "train-0003", "train-0011")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

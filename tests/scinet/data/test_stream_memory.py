@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from scinet.data import card as data_card
-from scinet.data.card import Shard, Split
+from scinet.data.card import Missing, Shard, Split
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_CLASSES = 9605
@@ -68,7 +68,15 @@ def test_memory_does_not_grow_when_a_split_of_many_classes_is_streamed(tmp_path:
     nothing = (0,) * NUM_CLASSES
     split = Split(NUM_SHARDS * SHARD_SAMPLES, nothing, nothing, tuple(shards))
     names = [f"class {number}" for number in range(NUM_CLASSES)]
-    data_card.write(tmp_path, name="many", class_names=names, splits={"train": split}, source={})
+    data_card.write(
+        tmp_path,
+        name="many",
+        class_names=names,
+        splits={"train": split},
+        source={},
+        num_indices=split.num_samples,
+        missing=Missing(),
+    )
     done = subprocess.run(
         [sys.executable, "-c", _READER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )

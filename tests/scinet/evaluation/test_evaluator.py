@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,13 @@ from torch import Tensor
 from scinet.data import card as data_card
 from scinet.data.batch import Features
 from scinet.data.card import DataCard
-from scinet.data.shards import RawSample
 from scinet.data.views import Normalisation, Views
 from scinet.distributed import Ranks
 from scinet.errors import DataError
 from scinet.evaluation.evaluator import PlainSplit
 from scinet.model.network import Output
 from scinet.options import DataOptions, OnBadSample
-from tests.scinet.conftest import MakeShards
+from tests.scinet.conftest import MakeShards, spoil
 
 
 class _Forward:
@@ -81,10 +79,8 @@ def test_scores_are_equal_when_ranks_share_a_split_unevenly(
 
 
 @pytest.fixture
-def spoilt(make_shards: MakeShards, make_samples: Callable[..., list[RawSample]]) -> DataCard:
-    samples = make_samples(7)
-    samples[4] = dataclasses.replace(samples[4], image=b"no image")
-    return make_shards(samples=samples, shard_samples=3)
+def spoilt(make_shards: MakeShards) -> DataCard:
+    return spoil(make_shards(7, shard_samples=3), "train-0004")
 
 
 def test_skipped_sample_is_in_no_figure_when_it_cannot_be_decoded(make_shards: MakeShards, spoilt: DataCard) -> None:
@@ -98,12 +94,7 @@ def test_skipped_sample_is_in_no_figure_when_it_cannot_be_decoded(make_shards: M
         _score(spoilt.directory, one, from_features=False)
 
 
-def test_evaluation_stops_when_too_many_samples_are_bad(
-    make_shards: MakeShards, make_samples: Callable[..., list[RawSample]]
-) -> None:
-    samples = make_samples(7)
-    for number in (2, 4):
-        samples[number] = dataclasses.replace(samples[number], image=b"no image")
-    card = make_shards(samples=samples, shard_samples=3)
+def test_evaluation_stops_when_too_many_samples_are_bad(make_shards: MakeShards) -> None:
+    card = spoil(make_shards(7, shard_samples=3), "train-0002", "train-0004")
     with pytest.raises(DataError, match=r"2 of 7 samples could not be read.*max_bad_fraction=0\.01"):
         _score(card.directory, Ranks(0, 1, torch.device("cpu")), from_features=False, options=SKIP)
