@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from scinet.data import mask_file
+from scinet.data.buffers import Buffers
 from scinet.data.card import DataCard
 from scinet.data.masks import derive, observe
 from scinet.data.stream import Order, SampleStream, StoredSample
-from scinet.data.views import Views, decode
+from scinet.data.views import Drawn, Views, decode
 from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions
 
@@ -122,7 +123,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class _Example:
-    views: Tensor
+    drawn: Drawn
     observed: Tensor
     truth: Tensor
     index: int
@@ -140,14 +141,11 @@ class _Decoder:
     epoch: int
 
     def __call__(self, sample: StoredSample) -> _Example:
-        image = decode(sample.image, sample.where)
-        drawn = [
-            self.views.random(image, name, seed=self.seed, epoch=self.epoch, sample_id=sample.sample_id)
-            for name in self.view_names
-        ]
+        image = decode(sample.image, sample.where, enough_pixels=self.views.enough_pixels)
+        drawn = self.views.draw(image, self.view_names, seed=self.seed, epoch=self.epoch, sample_id=sample.sample_id)
         observed = self.mask(sample.truth, sample.sample_id)
         return _Example(
-            torch.stack(drawn),
+            drawn,
             torch.from_numpy(observed),
             torch.from_numpy(sample.truth),
             sample.index,
@@ -165,6 +163,7 @@ class ImageBatches:
         self._card, self._options, self._views, self._share, self._seed = card, options, views, share, seed
         self._view_names = tuple(view_names)
         self._mask = Mask(options)
+        self._buffers = Buffers()
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
 
@@ -184,18 +183,21 @@ class ImageBatches:
                 raise example
             gathered.append(example)
             if len(gathered) == share.micro_batch_size:
-                yield _collate(gathered)
+                yield self._collate(gathered)
                 gathered = []
 
-
-def _collate(examples: list[_Example]) -> Batch:
-    return Batch(
-        inputs=torch.stack([e.views for e in examples], dim=1).flatten(0, 1),
-        observed=torch.stack([e.observed for e in examples]),
-        truth=torch.stack([e.truth for e in examples]),
-        index=torch.tensor([e.index for e in examples]),
-        ids=tuple(e.sample_id for e in examples),
-    )
+    def _collate(self, examples: list[_Example]) -> Batch:
+        num_views, side = len(self._view_names), self._views.image_size
+        inputs = self._buffers.take(num_views, len(examples), 3, side, side)
+        for place, example in enumerate(examples):
+            self._views.normalise(example.drawn, inputs[:, place])
+        return Batch(
+            inputs=inputs.flatten(0, 1),
+            observed=torch.stack([e.observed for e in examples]),
+            truth=torch.stack([e.truth for e in examples]),
+            index=torch.tensor([e.index for e in examples]),
+            ids=tuple(e.sample_id for e in examples),
+        )
 
 
 @dataclass(frozen=True)
