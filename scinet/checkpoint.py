@@ -1,4 +1,4 @@
-"""Checkpoints: the selected weights as safetensors, and everything that resuming at an epoch's end needs."""
+"""Checkpoints: the selected weights as safetensors, and everything that resuming after any step needs."""
 
 from __future__ import annotations
 
@@ -77,11 +77,12 @@ def save_selected(run: RunDirectory, trainer: Trainer, class_names: Sequence[str
 
 def save_state(run: RunDirectory, trainer: Trainer, ranks: Ranks) -> None:
     """Write all that resuming needs; ``latest.json`` comes last and names it. Collective."""
-    tag = f"epoch-{trainer.progress.epoch:06d}"
+    tag = f"step-{trainer.progress.step:08d}"
     trainer.engine.save(str(run.checkpoints), tag)
+    state = trainer.state_dict()
     if not ranks.is_first:
         return
-    save_weights(run.checkpoints / tag / "state.safetensors", trainer.state_dict())
+    save_weights(run.checkpoints / tag / "state.safetensors", state)
     latest = {"tag": tag, "world_size": ranks.world_size, "zero_stage": trainer.engine.zero_stage}
     latest |= {"progress": vars(trainer.progress)}
     previous = _read_latest(run)

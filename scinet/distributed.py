@@ -105,6 +105,20 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     return torch.stack(gathered, dim=1).flatten(0, 1)
 
 
+def gather_objects(values: list[T], ranks: Ranks) -> list[T]:
+    """Return the values of all ranks in global sample order, as :func:`gather_rows` does. Collective.
+
+    Args:
+        values: equally many on every rank; anything that can be pickled.
+        ranks: this process.
+    """
+    if ranks.world_size == 1:
+        return values
+    gathered: list[list[T]] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(gathered, values)
+    return [value for together in zip(*gathered, strict=True) for value in together]
+
+
 def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     """Return the element-wise sum over all ranks. Collective."""
     if ranks.world_size == 1:

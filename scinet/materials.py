@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scinet.data import card as data_card
-from scinet.data import mask_file
+from scinet.data import mask_file, sources
 from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import SPLITS, DataCard
 from scinet.data.views import VIEW_NAMES, Views
@@ -17,7 +16,7 @@ from scinet.model import backbone as model_backbone
 from scinet.model import features as model_features
 from scinet.model.backbone import Backbone
 from scinet.model.network import Network
-from scinet.options import Method, Options
+from scinet.options import DataOptions, LastBatch, Method, Options
 from scinet.paths import cache_directory
 
 
@@ -28,6 +27,7 @@ class Materials:
     card: DataCard
     backbone: Backbone
     views: Views
+    data: DataOptions
     features: dict[str, Features] = field(default_factory=dict)
 
     def training(self, options: Options, share: Share) -> BatchSource:
@@ -39,7 +39,7 @@ class Materials:
 
     def plain(self, split: str) -> PlainSplit:
         """Return a split for evaluation."""
-        return PlainSplit(self.card, split, self.views, self.features.get(split))
+        return PlainSplit(self.card, split, self.views, self.features.get(split), options=self.data)
 
     def network(self, options: Options) -> Network:
         """Return an untrained network, which is the zero-shot classifier."""
@@ -50,17 +50,29 @@ def check(options: Options) -> DataCard:
     """Return the data card, before anything heavy is loaded.
 
     Raises:
-        ConfigError: if the folder is missing.
+        ConfigError: if the folder is missing, or its address cannot be opened as it is written.
         DataError: if it is damaged, or the mask of ``data.mask_file`` lacks a training sample.
     """
-    card = _card(options)
+    card = sources.read_card(options.data)
     if options.data.mask_file:
         mask_file.check_covers(Path(options.data.mask_file), card)
     return card
 
 
-def _card(options: Options) -> DataCard:
-    return data_card.read(Path(options.data.path), prepare=options.data.prepare)
+def share_of(options: Options, ranks: Ranks) -> Share:
+    """Return this rank's share of the global batches.
+
+    Raises:
+        ConfigError: with the arithmetic, if they do not divide.
+    """
+    train = options.train
+    return Share(
+        ranks.rank,
+        ranks.world_size,
+        train.global_batch_size,
+        train.accumulation_steps,
+        trains_last=train.last_batch is LastBatch.train,
+    )
 
 
 def gather(options: Options, ranks: Ranks, progress: Callable[[str, int, int], None]) -> Materials:
@@ -70,13 +82,15 @@ def gather(options: Options, ranks: Ranks, progress: Callable[[str, int, int], N
         ConfigError: if data or weights cannot be had.
         DataError: if a shard or an image is damaged.
     """
-    card = _card(options)
+    card = sources.read_card(options.data)
+    if options.method is not Method.zero_shot:
+        share_of(options, ranks).steps(card.split("train").num_samples)  # refused now rather than after minutes
     cache = cache_directory(options.data.cache_dir)
     backbone: Backbone = first_rank_first(lambda: model_backbone.load(options.model, cache), ranks)
     backbone.image.to(ranks.device)
     backbone.text.to(ranks.device)
     views = Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)
-    materials = Materials(card, backbone, views)
+    materials = Materials(card, backbone, views, options.data)
     if options.data.cache_features:
         network = materials.network(options).to(ranks.device)
         for split in SPLITS:

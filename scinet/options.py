@@ -87,23 +87,48 @@ class Precision(enum.Enum):
     bf16 = "bf16"
 
 
+class OnBadSample(enum.Enum):
+    """``stop``: a sample that cannot be read ends the run; ``skip``: its place in the global batch stays empty."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class LastBatch(enum.Enum):
+    """``drop``: an epoch's short last global batch is left out; ``train``: it is a step like the others."""
+
+    drop = "drop"
+    train = "train"
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Which shards are read, how they are masked and in which order they come."""
 
-    path: str = option("data/scenes", "folder with dataset.json and the shards, as written by `scinet data build`")
+    path: str = option(
+        "data/scenes",
+        "folder with dataset.json and the shards, as written by `scinet data build`, or a URL prefix: http(s), s3, gs, "
+        "whatever fsspec knows, or `pipe:` and a command that ends where the file's name follows (or has {} for it)",
+    )
     prepare: str = option("scinet data build scenes --out data/scenes", "the command that makes that folder")
     known_ratio: float = option(0.3, "share of the (image, class) cells whose label is known", low=0.0, high=1.0)
     single_positive: bool = option(False, "keep one positive an image and nothing else, instead of known_ratio")
     mask_seed: int = option(0, "seed of the label mask; masks of one seed are nested over known_ratio", low=0)
     mask_file: str = option("", "label mask of `scinet data mask --out`, instead of known_ratio and mask_seed")
-    lanes: int = option(16, "logical streams an epoch is cut into; ranks x workers must divide it", low=1, high=4096)
+    lanes: int = option(16, "streams an epoch is cut into; best a multiple of ranks x workers", low=1, high=4096)
     workers: int = option(0, "loader processes a rank", low=0, high=64)
     smallest_crop: float = option(0.5, "smallest share of the area that a random crop keeps", low=0.01, high=1.0)
     shuffle_window: int = option(512, "samples a lane shuffles among", low=1)
     cache_features: bool = option(False, "train on cached features of a frozen image tower (needs freeze_image)")
     cached_variants: int = option(4, "augmented variants of each view in that cache", low=1, high=256)
     cache_dir: str = option("", "where derived files go; empty: $XDG_CACHE_HOME/scinet")
+    on_bad_sample: OnBadSample = option(OnBadSample.stop, "stop the run at a damaged sample, or skip and count it")
+    max_bad_fraction: float = option(0.01, "share of skipped samples beyond which a run stops", low=0.0, high=1.0)
+    timeout_s: float = option(60.0, "longest wait for the next bytes of a remote source, retries included", low=0.1)
+    retries: int = option(3, "further attempts to read a source that fails, after 0.25, 0.5, 1, ... s", low=0, high=100)
+    cache_shards: str = option("", "local folder that keeps remote shards, checked by SHA-256; empty: none")
+    allow_pipe: bool = option(False, "let `data.path` start with `pipe:`, which runs its text in a shell")
+    max_member_mb: int = option(128, "largest file inside a shard that is read, MiB", low=1)
 
 
 @dataclass(frozen=True)
@@ -200,6 +225,8 @@ class TrainOptions:
     log_every_steps: int = option(10, "steps between two lines of metrics.jsonl", low=1)
     evaluate_every_epochs: int = option(1, "epochs between two evaluations on the hold-out", low=1)
     collective_timeout_s: int = option(600, "longest wait for another rank", low=1)
+    last_batch: LastBatch = option(LastBatch.drop, "what happens to the rest of an epoch that fills no global batch")
+    save_every_steps: int = option(0, "steps between two checkpoints within an epoch; 0: only at evaluations", low=0)
 
 
 @dataclass(frozen=True)

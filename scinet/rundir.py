@@ -18,6 +18,21 @@ from scinet import config
 from scinet.errors import CheckpointError, ConfigError, nearest
 from scinet.options import Options
 
+# what says where bytes come from and when they are kept, not what is computed
+_FREE_ON_RESUME = {
+    "resume",
+    "output",
+    "baseline",
+    "data.prepare",
+    "data.workers",
+    "data.cache_dir",
+    "data.timeout_s",
+    "data.retries",
+    "data.cache_shards",
+    "data.allow_pipe",
+    "train.save_every_steps",
+    "train.collective_timeout_s",
+}
 _PACKAGES = (
     "scinet",
     "torch",
@@ -96,7 +111,7 @@ def _check_resumable(run: RunDirectory, options: Options) -> None:
     changed = [
         key
         for key, _, _ in config.fields()
-        if key not in ("resume", "output", "baseline") and _value(stored, key) != _value(options, key)
+        if key not in _FREE_ON_RESUME and _value(stored, key) != _value(options, key)
     ]
     if changed:
         raise ConfigError(

@@ -141,13 +141,19 @@ def _train(
     if options.resume and checkpoint.load_state(directory, trainer, ranks):
         voice.say(f"resumed after epoch {trainer.progress.epoch} at step {trainer.progress.step}")
     log.rewind(trainer.progress.step)
-    every = options.train.evaluate_every_epochs
-    for epoch in trainer.epochs():
+    train = options.train
+
+    def save() -> None:
+        checkpoint.save_state(directory, trainer, ranks)
+
+    for epoch in trainer.epochs(save):
         is_last = trainer.progress.step >= trainer.total_steps
-        if (epoch + 1) % every == 0 or is_last:
+        if (epoch + 1) % train.evaluate_every_epochs == 0 or is_last:
             if trainer.evaluate_holdout(epoch):
                 checkpoint.save_selected(directory, trainer, made.card.class_names, ranks)
-            checkpoint.save_state(directory, trainer, ranks)
+            save()
+        elif train.save_every_steps and trainer.progress.step % train.save_every_steps == 0:
+            save()
     evaluation["last"] = {
         "step": trainer.progress.step,
         "teacher": judge(trainer.score("test", use_teacher=True)),

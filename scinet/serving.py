@@ -27,6 +27,7 @@ def print_evaluation(path: Path, data: Path | None, split: str, *, as_json: bool
     import torch
 
     from scinet.data import card as data_card
+    from scinet.data import sources
     from scinet.data.views import Views
     from scinet.distributed import Ranks
     from scinet.evaluation.evaluator import PlainSplit
@@ -35,7 +36,7 @@ def print_evaluation(path: Path, data: Path | None, split: str, *, as_json: bool
     run, options = find(path)
     if split not in data_card.SPLITS:
         raise ConfigError(f"--split is '{split}', expected one of {', '.join(data_card.SPLITS)}")
-    card = data_card.read(data or Path(options.data.path), prepare=options.data.prepare)
+    card = sources.read_card(options.data, str(data or ""))
     class_names = _class_names(run)
     if card.class_names != class_names:
         raise ConfigError(
@@ -47,7 +48,7 @@ def print_evaluation(path: Path, data: Path | None, split: str, *, as_json: bool
     results = {}
     for who in ("teacher", "student"):
         network, views = _load(run, options, class_names, who, device)
-        scores = PlainSplit(card, split, views, None).score(network, Ranks(0, 1, device))
+        scores = PlainSplit(card, split, views, None, options=options.data).score(network, Ranks(0, 1, device))
         results[who] = evaluate(scores.probabilities, scores.truth).to_json()
     if as_json:
         print(json.dumps({"run": str(path), "data": str(card.directory), "split": split, **results}, indent=1))

@@ -105,19 +105,17 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """Drop the rows after a step: a resumed run goes through those steps once more."""
-        kept = [row for row in self.rows if row["step"] <= step]
-        if len(kept) == len(self.rows):
-            return
-        self.rows = kept
-        if self._path is not None:
+        self.rows = kept = [row for row in self.rows if row["step"] <= step]
+        if self._path is not None and self._path.is_file():
             temporary = self._path.with_name(f".{self._path.name}.part")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             temporary.replace(self._path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """Return the rows of a ``metrics.jsonl``; the last one may be cut off where a run was killed, and is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
 
 
 def _finite(value: Any) -> Any:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scinet.data.batch import Batch, Share
+from scinet.data.batch import Batch
+from scinet.data.stream import check_skipped
 from scinet.distributed import Ranks, gather_rows, sum_over_ranks
 from scinet.engine import Engine, uses_bf16
 from scinet.errors import TrainingError
@@ -18,12 +20,12 @@ from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
-from scinet.materials import Materials
+from scinet.materials import Materials, share_of
 from scinet.model.label_graph import adjacency, text_correlation
 from scinet.model.network import Network
 from scinet.model.teacher import Teacher
 from scinet.objective import Objective, Phase, Step
-from scinet.options import CorrelationSource, Method, Options, Profile
+from scinet.options import CorrelationSource, Method, OnBadSample, Options, Profile
 from scinet.telemetry import MetricsLog, Voice
 
 _TEACHER_VIEW = {Profile.paper: 1, Profile.release: 2}
@@ -31,12 +33,14 @@ _TEACHER_VIEW = {Profile.paper: 1, Profile.release: 2}
 
 @dataclass
 class Progress:
-    """Where a run stands, and which epoch did best on the hold-out."""
+    """Where a run stands, and which epoch did best on the hold-out; samples seen and skipped by all ranks."""
 
     epoch: int = 0
     step: int = 0
     best_epoch: int = -1
     best_map: float = -1.0
+    samples: int = 0
+    skipped: int = 0
 
 
 @dataclass
@@ -44,6 +48,7 @@ class _Window:
     """Sums between two logged steps, kept on the device so that only logging waits for it."""
 
     steps: int = 0
+    samples: int = 0
     waited_s: float = 0.0
     started_s: float = field(default_factory=time.monotonic)
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -60,8 +65,7 @@ class Trainer:
         """Build everything that trains. Collective."""
         self._options, self._materials, self._ranks, self._log, self._voice = options, materials, ranks, log, voice
         train = options.train
-        share = Share(ranks.rank, ranks.world_size, train.global_batch_size, train.accumulation_steps)
-        self._source = materials.training(options, share)
+        self._source = materials.training(options, share_of(options, ranks))
         self._steps_per_epoch = self._source.steps_per_epoch
         self.total_steps = min(train.max_steps or 2**62, train.epochs * self._steps_per_epoch)
         torch.manual_seed(options.seed)
@@ -74,6 +78,7 @@ class Trainer:
             network.to(torch.bfloat16)
         self.engine = Engine(network, options, ranks.world_size, ranks.device, self.total_steps)
         self.progress = Progress()
+        self._window = _Window()
 
     def _build_fusion(self, network: Network) -> Fusion | None:
         if self._options.method is not Method.scinet:
@@ -108,7 +113,10 @@ class Trainer:
         batch = next(self._source.epoch(0)).to(self._ranks.device)
         with torch.no_grad():
             logits = gather_rows(network(batch.inputs[: len(batch.observed)]).logits, self._ranks).double()
-        observed = gather_rows(batch.observed, self._ranks)
+        valid = gather_rows(batch.valid, self._ranks)
+        if not valid.any():
+            return
+        logits, observed = logits[valid], gather_rows(batch.observed, self._ranks)[valid]
         positives, negatives = (observed > 0).sum(), (observed < 0).sum()
         # without a known negative the density among known cells would be 1
         cells = positives + negatives if negatives else torch.tensor(observed.numel())
@@ -120,35 +128,65 @@ class Trainer:
         with torch.no_grad():
             network.bias.fill_(middle)
 
-    def epochs(self) -> Iterator[int]:
-        """Train, and yield the number of each epoch that has just ended. Collective."""
+    def epochs(self, save: Callable[[], None] = lambda: None) -> Iterator[int]:
+        """Train, and yield the number of each epoch that has just ended. Collective.
+
+        Args:
+            save: called after every ``train.save_every_steps`` within an epoch.
+        """
         while self.progress.step < self.total_steps:
-            self._train_epoch(self.progress.epoch)
+            self._train_epoch(self.progress.epoch, save)
             self.progress.epoch += 1
+            self._window = _Window()
             yield self.progress.epoch - 1
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int, save: Callable[[], None]) -> None:
         self.engine.train(True)
-        window = _Window()
-        accumulation = self._options.train.accumulation_steps
-        batches = iter(self._source.epoch(epoch))
-        while self.progress.step < self.total_steps:
+        train, end = self._options.train, min(self.total_steps, (epoch + 1) * self._steps_per_epoch)
+        batches = iter(self._source.epoch(epoch, self.progress.step - epoch * self._steps_per_epoch))
+        while self.progress.step < end:
             started = time.monotonic()
-            micro = [batch.to(self._ranks.device) for _, batch in zip(range(accumulation), batches, strict=False)]
-            window.waited_s += time.monotonic() - started
-            if len(micro) < accumulation:
-                return
+            micro = [batch.to(self._ranks.device) for batch in islice(batches, train.accumulation_steps)]
+            self._window.waited_s += time.monotonic() - started
+            num_valid = self._count(micro)
             for batch in micro:
-                step = self.micro_step(batch, epoch)
-                window.add(self._measure(step, batch))
+                step = self.micro_step(batch, epoch, num_valid / train.accumulation_steps)
+                self._window.add(self._measure(step, batch))
             self._after_step()
-            window.steps += 1
-            if self.progress.step % self._options.train.log_every_steps == 0 or self.progress.step == self.total_steps:
-                self._write(window, step, batch)
-                window = _Window()
+            self._window.steps += 1
+            self._window.samples += num_valid
+            if self.progress.step % train.log_every_steps == 0 or self.progress.step == self.total_steps:
+                self._write(self._window, step, batch)
+                self._window = _Window()
+            if train.save_every_steps and self.progress.step % train.save_every_steps == 0 and self.progress.step < end:
+                save()
 
-    def micro_step(self, batch: Batch, epoch: int) -> Step:
-        """Forward, loss, backward and the fusion's state for one micro-batch. Collective."""
+    def _count(self, micro: list[Batch]) -> int:
+        """Return the samples of a global batch, and keep count of those that were skipped. Collective.
+
+        Raises:
+            DataError: on all ranks alike, if too many were.
+        """
+        size = self._options.train.global_batch_size
+        if not self._source.has_gaps:
+            self.progress.samples += size
+            return size
+        num_valid = int(sum_over_ranks(torch.stack([batch.valid.sum() for batch in micro]).sum(), self._ranks))
+        progress = self.progress
+        position = progress.step % self._steps_per_epoch * size
+        progress.samples += num_valid
+        progress.skipped += min(size, self._source.num_samples - position) - num_valid
+        check_skipped(progress.skipped, progress.samples + progress.skipped, self._options.data.max_bad_fraction)
+        return num_valid
+
+    def micro_step(self, batch: Batch, epoch: int, size: float) -> Step:
+        """Forward, loss, backward and the fusion's state for one micro-batch. Collective.
+
+        Args:
+            batch: this rank's.
+            epoch: it belongs to.
+            size: samples of the global batch over the accumulation steps.
+        """
         warmup_steps = self._options.loss.warmup_fraction * self.total_steps
         phase = Phase(is_warm=self.progress.step >= warmup_steps, epoch=epoch)
         student = self.engine.forward(batch.inputs)
@@ -156,7 +194,7 @@ class Trainer:
         if self._options.method is Method.scinet:
             view = _TEACHER_VIEW[self._options.profile]
             teacher = self.teacher.forward(batch.inputs.chunk(3)[view])
-        step = self._objective(student, teacher, batch, phase)
+        step = self._objective(student, teacher, batch, phase, size)
         self.engine.step(step.loss)
         if self.fusion is not None and step.everyone is not None and step.passed is not None:
             self.fusion.update(step.everyone)
@@ -202,11 +240,11 @@ class Trainer:
                 f"the loss is {loss} at step {self.progress.step}: lower optimizer.learning_rate or look at the batch"
             )
         seconds = time.monotonic() - window.started_s
-        samples = window.steps * self._options.train.global_batch_size
+        samples = max(1, window.samples)
         row: dict[str, Any] = {
             "step": self.progress.step,
             "epoch": self.progress.epoch,
-            "samples_seen": self.progress.step * self._options.train.global_batch_size,
+            "samples_seen": self.progress.samples,
             **{name: value / micro_steps for name, value in sums.items() if name.startswith("loss/")},
             "learning_rate": self.engine.learning_rate(),
             "gradient_norm": self.engine.gradient_norm(),
@@ -218,6 +256,8 @@ class Trainer:
             row["pseudo_positives"] = sums["pseudo/positives"]
             row["pseudo_precision"] = _ratio(sums["pseudo/right"], sums["pseudo/checked"])
             row["pseudo_recall"] = _ratio(sums["pseudo/right"], sums["pseudo/wanted"])
+        if self._options.data.on_bad_sample is OnBadSample.skip:
+            row["skipped_samples"] = self.progress.skipped
         row |= self._judge_confidence(step, batch)
         self._log.write(row)
         detail = f"loss {loss:.3f}  {row['samples_per_second']:.0f} samples/s"
@@ -256,7 +296,7 @@ class Trainer:
             {
                 "step": self.progress.step,
                 "epoch": epoch,
-                "samples_seen": self.progress.step * self._options.train.global_batch_size,
+                "samples_seen": self.progress.samples,
                 "holdout_map": holdout_map,
             }
         )
@@ -266,8 +306,14 @@ class Trainer:
         return is_best
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state that the engine does not know: teacher, fusion, thresholds."""
+        """Return what the engine does not know: teacher, fusion, thresholds, sums since the last log. Collective.
+
+        Random numbers need none: masks, order, views and variants are functions of the seed, epoch and sample.
+        """
+        window = self._window
+        sums = {name: gather_rows(value.reshape(1), self._ranks) for name, value in sorted(window.parts.items())}
         parts: dict[str, dict[str, Tensor]] = {
+            "window": sums | {"counts": torch.tensor([window.steps, window.samples])},
             "teacher": self.teacher.state_dict(),
             "thresholds": self.thresholds.state_dict(),
             "fusion": self.fusion.state_dict() if self.fusion is not None else {},
@@ -276,7 +322,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the state of another trainer of the same configuration."""
-        parts: dict[str, dict[str, Tensor]] = {"teacher": {}, "thresholds": {}, "fusion": {}}
+        parts: dict[str, dict[str, Tensor]] = {"teacher": {}, "thresholds": {}, "fusion": {}, "window": {}}
         for name, value in state.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value.to(self._ranks.device)
@@ -284,6 +330,9 @@ class Trainer:
         self.thresholds.load_state_dict(parts["thresholds"])
         if self.fusion is not None:
             self.fusion.load_state_dict(parts["fusion"])
+        steps, samples = parts["window"].pop("counts", torch.zeros(2, dtype=torch.int64)).tolist()
+        mine = {name: values[self._ranks.rank].clone() for name, values in parts["window"].items()}
+        self._window = _Window(steps, samples, parts=mine)
 
     def student_state(self) -> dict[str, Tensor]:
         """Return the student's whole weights, whatever the ZeRO stage. Collective."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "cpu", "reference")
+PRECISIONS = ("auto", "ieee")
 
 
 def check_backend(backend: str) -> None:
@@ -23,6 +24,21 @@ def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         names = ", ".join(repr(name) for name in BACKENDS)
         raise ValueError(f"backend={backend!r} does not exist: choose one of {names}.")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that does not exist.
+
+    Args:
+        precision: name as the caller typed it.
+
+    Raises:
+        ValueError: the name is not one of `PRECISIONS`.
+
+    """
+    if precision not in PRECISIONS:
+        names = ", ".join(repr(name) for name in PRECISIONS)
+        raise ValueError(f"precision={precision!r} does not exist: choose one of {names}.")
 
 
 def check_matrix(name: str, tensor: Tensor) -> None:

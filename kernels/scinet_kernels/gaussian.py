@@ -17,7 +17,8 @@ from scinet_kernels.tiling import Problem
 
 _ARGUMENTS = (
     "Tensor queries, Tensor? keys, Tensor? values, Tensor bandwidth, Tensor? key_weights, Tensor? query_ids, "
-    "Tensor? key_ids, int? self_offset, bool exclude_self, float? radius, str backend, int workspace_bytes"
+    "Tensor? key_ids, int? self_offset, bool exclude_self, float? radius, str backend, int workspace_bytes, "
+    "str precision"
 )
 
 
@@ -37,6 +38,7 @@ class Arguments(NamedTuple):
         radius: largest distance that counts, or None.
         backend: "cpu" or "triton".
         workspace_bytes: bound on temporaries.
+        precision: "auto" or "ieee", of fp32 products on a GPU.
 
     """
 
@@ -52,6 +54,7 @@ class Arguments(NamedTuple):
     radius: float | None
     backend: str
     workspace_bytes: int
+    precision: str
 
     def problem(self) -> Problem:
         """Return the operands as the implementations take them."""
@@ -64,7 +67,8 @@ class Arguments(NamedTuple):
             key_weights=self.key_weights,
         )
         keys = self.queries if self.keys is None else self.keys
-        return Problem(self.queries, keys, self.values, self.bandwidth, pairs, self.self_offset, self.workspace_bytes)
+        operands = self.queries, keys, self.values, self.bandwidth
+        return Problem(*operands, pairs, self.self_offset, self.workspace_bytes, precision=self.precision)
 
 
 def own_rows(queries: Tensor, self_offset: int | None) -> Tensor | None:

@@ -222,9 +222,15 @@ def _squared_norms(rows: Tensor) -> Tensor:
     return norms.square()
 
 
-def _precision(device: torch.device) -> str:
-    """Return how fp32 products are made; plain tf32 never: it would cost three digits without a word."""
-    return "ieee" if device.type != "cuda" or torch.version.hip else "tf32x3"
+def input_precision(device: torch.device, precision: str) -> str:
+    """Return how fp32 products are made; plain tf32 never: it would cost three digits without a word.
+
+    Args:
+        device: where the kernel runs.
+        precision: "auto" or "ieee".
+
+    """
+    return "ieee" if precision == "ieee" or device.type != "cuda" or torch.version.hip else "tf32x3"
 
 
 def _shared_arguments(problem: Problem, operands: Operands, rows: slice) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -257,7 +263,7 @@ def _shared_arguments(problem: Problem, operands: Operands, rows: slice) -> tupl
         "HAS_IDS": pairs.query_ids is not None,
         "HAS_WEIGHTS": operands.log_weights is not None,
         "HAS_RADIUS": pairs.radius is not None,
-        "PRECISION": _precision(queries.device),
+        "PRECISION": input_precision(queries.device, problem.precision),
     }
     return arguments, flags
 

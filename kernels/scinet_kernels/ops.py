@@ -59,10 +59,12 @@ def _prepare(
     neighbours: int | None,
     key_weights: Tensor | None,
     backend: str,
+    precision: str,
     workspace_bytes: int,
     group: dist.ProcessGroup | None,
 ) -> _Call:
     checks.check_backend(backend)
+    checks.check_precision(precision)
     num_keys = checks.check_keys(queries, keys)
     checks.check_bandwidth(bandwidth, queries)
     checks.check_pairs(queries, keys, query_ids, key_ids, key_weights, radius, neighbours)
@@ -87,6 +89,7 @@ def _prepare(
         radius=radius,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        precision=precision,
     )
     return _resolve(operator, _Call(arguments, neighbours, _promoted(values)), group)
 
@@ -145,6 +148,7 @@ def gaussian_propagate(
     neighbours: int | None = None,
     key_weights: Tensor | None = None,
     backend: str = "auto",
+    precision: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -164,6 +168,8 @@ def gaussian_propagate(
         neighbours: only so many nearest of the keys that count otherwise; among equals the lower index.
         key_weights: [M] floating point w; a key with w <= 0 does not count.
         backend: "auto", "triton", "cpu" (blocked PyTorch, on any device) or "reference".
+        precision: of fp32 products in Triton: "auto" is tf32x3 on NVIDIA, "ieee" is slower and exact; no other path has
+            a choice.
         workspace_bytes: bound on temporaries of size M per query, met by working on a few queries at a time (one at
             least) and by computing them again in the backward.
         group: process group; keys (without keys: queries), values, ids and weights are then this rank's rows, and the
@@ -197,6 +203,7 @@ def gaussian_propagate(
         neighbours=neighbours,
         key_weights=key_weights,
         backend=backend,
+        precision=precision,
         workspace_bytes=workspace_bytes,
         group=group,
     )
@@ -220,6 +227,7 @@ def gaussian_mass(
     neighbours: int | None = None,
     key_weights: Tensor | None = None,
     backend: str = "auto",
+    precision: str = "auto",
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -236,6 +244,7 @@ def gaussian_mass(
         neighbours: as in `gaussian_propagate`.
         key_weights: as in `gaussian_propagate`.
         backend: "auto", "triton", "cpu" (blocked PyTorch, on any device) or "reference".
+        precision: as in `gaussian_propagate`.
         workspace_bytes: as in `gaussian_propagate`.
         group: as in `gaussian_propagate`.
 
@@ -262,6 +271,7 @@ def gaussian_mass(
         neighbours=neighbours,
         key_weights=key_weights,
         backend=backend,
+        precision=precision,
         workspace_bytes=workspace_bytes,
         group=group,
     )

@@ -40,6 +40,7 @@ class Problem(NamedTuple):
         workspace_bytes: bound on tiles and packed operands.
         log_mass_elsewhere: [B] what other keys are known to weigh, or None; a row whose keys here are nothing beside
             those may be returned as one without keys.
+        precision: "auto" or "ieee", of fp32 products on a GPU.
 
     """
 
@@ -51,6 +52,7 @@ class Problem(NamedTuple):
     self_offset: int | None
     workspace_bytes: int
     log_mass_elsewhere: Tensor | None = None
+    precision: str = "auto"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Protocol
 
@@ -17,10 +19,12 @@ from scinet.data import mask_file
 from scinet.data.buffers import Buffers
 from scinet.data.card import DataCard
 from scinet.data.masks import derive, observe
-from scinet.data.stream import Order, SampleStream, StoredSample
-from scinet.data.views import Drawn, Views, decode
-from scinet.errors import ConfigError, DataError
-from scinet.options import DataOptions
+from scinet.data.stream import BadSamples, Order, SampleStream, StoredSample
+from scinet.data.views import SHARD_FORMATS, Drawn, Views, decode
+from scinet.errors import ConfigError
+from scinet.options import DataOptions, OnBadSample
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Batch:
     """A micro-batch of one rank.
 
     inputs [V * B, 3, H, W] images, or [V * B, F] features, view by view; observed [B, C] int8, what the mask leaves;
-    truth [B, C] int8, what the collection knows, for logging only; index [B] int64; ids, the stored sample ids.
+    truth [B, C] int8, what the collection knows, for logging only; index [B] int64; ids, the stored sample ids; valid
+    [B] bool. A row that is not valid has no sample: zeros, nothing observed, index -1, id "".
     """
 
     inputs: Tensor
@@ -36,6 +41,7 @@ class Batch:
     truth: Tensor
     index: Tensor
     ids: tuple[str, ...]
+    valid: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
@@ -45,6 +51,7 @@ class Batch:
             truth=self.truth.to(device, non_blocking=True),
             index=self.index.to(device, non_blocking=True),
             ids=self.ids,
+            valid=self.valid.to(device, non_blocking=True),
         )
 
 
@@ -53,20 +60,28 @@ class BatchSource(Protocol):
 
     num_samples: int
     steps_per_epoch: int
+    has_gaps: bool  # whether a row of a batch may be without a sample
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of an epoch, ``steps_per_epoch`` times the accumulation steps."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of an epoch, from a step of it on.
+
+        From step 0 there are ``steps_per_epoch`` times the accumulation steps, on every rank.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of each global batch a rank gets: every ``world_size``-th sample, in ``accumulation`` parts."""
+    """Which part of each global batch a rank gets: every ``world_size``-th sample, in ``accumulation`` parts.
+
+    ``trains_last``: whether the short rest of an epoch is a global batch too.
+    """
 
     rank: int
     world_size: int
     global_batch_size: int
     accumulation: int
+    trains_last: bool = False
 
     def __post_init__(self) -> None:
         """Check that the global batch divides.
@@ -74,7 +89,7 @@ class Share:
         Raises:
             ConfigError: with the arithmetic, if it does not.
         """
-        parts = self.world_size * self.accumulation
+        parts = self.parts
         if self.global_batch_size % parts:
             raise ConfigError(
                 f"train.global_batch_size={self.global_batch_size} does not divide over {self.world_size} ranks x "
@@ -82,21 +97,33 @@ class Share:
             )
 
     @property
+    def parts(self) -> int:
+        """Micro-batches of a global batch."""
+        return self.world_size * self.accumulation
+
+    @property
     def micro_batch_size(self) -> int:
         """B, samples a rank sees at once."""
-        return self.global_batch_size // (self.world_size * self.accumulation)
+        return self.global_batch_size // self.parts
 
     def steps(self, num_samples: int) -> int:
-        """Return the full global batches in a pass; the short rest is left to the next epoch's order.
+        """Return the global batches in a pass; a short rest that is dropped is left to the next epoch's order.
 
         Raises:
             ConfigError: if there is none.
         """
+        if self.trains_last:
+            return -(-num_samples // self.global_batch_size)
         if num_samples < self.global_batch_size:
             raise ConfigError(
-                f"train.global_batch_size={self.global_batch_size} is more than the {num_samples} training samples"
+                f"train.global_batch_size={self.global_batch_size} is more than the {num_samples} training samples: "
+                f"set at most {num_samples // self.parts * self.parts or self.parts}, or train.last_batch=train"
             )
         return num_samples // self.global_batch_size
+
+    def length(self, num_samples: int) -> int:
+        """Return the samples that a pass trains on."""
+        return min(num_samples, self.steps(num_samples) * self.global_batch_size)
 
 
 class Mask:
@@ -123,11 +150,16 @@ class Mask:
 
 @dataclass(frozen=True)
 class _Example:
+    """A decoded sample; labels are the places and signs [P] of its known and of its observed cells, int32 and int8."""
+
     drawn: Drawn
-    observed: Tensor
-    truth: Tensor
+    known: _Cells
+    observed: _Cells
     index: int
     sample_id: str
+
+
+_Cells = tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]
 
 
 @dataclass(frozen=True)
@@ -141,16 +173,17 @@ class _Decoder:
     epoch: int
 
     def __call__(self, sample: StoredSample) -> _Example:
-        image = decode(sample.image, sample.where, enough_pixels=self.views.enough_pixels)
+        enough = self.views.enough_pixels
+        image = decode(sample.image, sample.where, formats=SHARD_FORMATS, enough_pixels=enough)
         drawn = self.views.draw(image, self.view_names, seed=self.seed, epoch=self.epoch, sample_id=sample.sample_id)
-        observed = self.mask(sample.truth, sample.sample_id)
-        return _Example(
-            drawn,
-            torch.from_numpy(observed),
-            torch.from_numpy(sample.truth),
-            sample.index,
-            sample.sample_id,
-        )
+        truth = sample.truth
+        observed = self.mask(truth, sample.sample_id)
+        return _Example(drawn, _sparse(truth), _sparse(observed), sample.index, sample.sample_id)
+
+
+def _sparse(labels: npt.NDArray[np.int8]) -> _Cells:
+    places = np.flatnonzero(labels).astype(np.int32)
+    return places, labels[places]
 
 
 class ImageBatches:
@@ -166,37 +199,71 @@ class ImageBatches:
         self._buffers = Buffers()
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
+        self.has_gaps = share.trains_last or options.on_bad_sample is OnBadSample.skip
+        self._bad = BadSamples()
+        _tell_sharing(len(card.split("train").shards), options, share)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of an epoch."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of an epoch, from a step of it on."""
         options, share = self._options, self._share
-        length = self.steps_per_epoch * share.global_batch_size
-        order = Order(self._seed, epoch, options.lanes, options.shuffle_window, length)
+        length, start = share.length(self.num_samples), start_step * share.global_batch_size
+        order = Order(self._seed, epoch, options.lanes, options.shuffle_window, length, start)
         decoder = _Decoder(self._views, self._view_names, self._mask, self._seed, epoch)
         stream = SampleStream(
-            self._card, "train", order, rank=share.rank, world_size=share.world_size, transform=decoder
+            self._card,
+            "train",
+            order,
+            rank=share.rank,
+            world_size=share.world_size,
+            transform=decoder,
+            options=options,
         )
         loader = DataLoader(stream, batch_size=None, num_workers=options.workers)
-        gathered: list[_Example] = []
-        for example in loader:
-            if isinstance(example, DataError):
-                raise example
-            gathered.append(example)
-            if len(gathered) == share.micro_batch_size:
-                yield self._collate(gathered)
-                gathered = []
+        rows = (self.steps_per_epoch - start_step) * share.global_batch_size // share.world_size
+        examples = chain(map(self._bad.checked, loader), repeat(None))
+        for _ in range(rows // share.micro_batch_size):
+            yield self._collate(list(islice(examples, share.micro_batch_size)))
 
-    def _collate(self, examples: list[_Example]) -> Batch:
+    def _collate(self, examples: list[_Example | None]) -> Batch:
         num_views, side = len(self._view_names), self._views.image_size
         inputs = self._buffers.take(num_views, len(examples), 3, side, side)
         for place, example in enumerate(examples):
-            self._views.normalise(example.drawn, inputs[:, place])
+            if example is None:
+                inputs[:, place] = 0
+            else:
+                self._views.normalise(example.drawn, inputs[:, place])
         return Batch(
             inputs=inputs.flatten(0, 1),
-            observed=torch.stack([e.observed for e in examples]),
-            truth=torch.stack([e.truth for e in examples]),
-            index=torch.tensor([e.index for e in examples]),
-            ids=tuple(e.sample_id for e in examples),
+            observed=_dense([e.observed if e else None for e in examples], self._card.num_classes),
+            truth=_dense([e.known if e else None for e in examples], self._card.num_classes),
+            index=torch.tensor([e.index if e else -1 for e in examples]),
+            ids=tuple(e.sample_id if e else "" for e in examples),
+            valid=torch.tensor([e is not None for e in examples]),
+        )
+
+
+def _dense(rows: list[_Cells | None], num_classes: int) -> Tensor:
+    labels = np.zeros((len(rows), num_classes), dtype=np.int8)
+    for row, cells in zip(labels, rows, strict=True):
+        if cells is not None:
+            row[cells[0]] = cells[1]
+    return torch.from_numpy(labels)
+
+
+def _tell_sharing(num_shards: int, options: DataOptions, share: Share) -> None:
+    """Say once where several readers go through the same tars, which costs reading but no sample."""
+    workers = max(1, options.workers)
+    readers = share.world_size * workers
+    if share.rank == 0 and (options.lanes % readers or num_shards < readers):
+        _log.info(
+            "%d ranks x %d loader workers = %d readers share %d lanes of %d shards: some go through the same shards, "
+            "each takes its own samples; more shards and data.lanes a multiple of %d would save reading",
+            share.world_size,
+            workers,
+            readers,
+            options.lanes,
+            num_shards,
+            readers,
         )
 
 
@@ -204,7 +271,8 @@ class ImageBatches:
 class Features:
     """Cached features of one split: random [N, A, V, F], plain [N, F], truth [N, C] int8, index [N], ids.
 
-    A variants of V views; ``random`` is empty (A = 0) for splits that only evaluate.
+    A variants of V views; ``random`` is empty (A = 0) for splits that only evaluate. A skipped sample keeps its row:
+    zeros, index -1, id "".
     """
 
     random: Tensor
@@ -225,22 +293,34 @@ class FeatureBatches:
         self._observed = torch.from_numpy(np.stack(rows))
         self.num_samples = len(features.ids)
         self.steps_per_epoch = share.steps(self.num_samples)
+        self.has_gaps = share.trains_last or bool((features.index < 0).any())
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of an epoch."""
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of an epoch, from a step of it on."""
         share = self._share
         generator = torch.Generator().manual_seed(derive(self._seed, "order", epoch))
         order = torch.randperm(self.num_samples, generator=generator)
         variants = self._features.random.shape[1]
         drawn = torch.randint(variants, (self.num_samples, self._num_views), generator=generator)
-        length = self.steps_per_epoch * share.global_batch_size
-        mine = order[:length][share.rank :: share.world_size]
+        places = torch.full((self.steps_per_epoch * share.global_batch_size,), -1)
+        length = share.length(self.num_samples)
+        places[:length] = order[:length]
+        mine = places[start_step * share.global_batch_size + share.rank :: share.world_size]
         for rows in torch.split(mine, share.micro_batch_size):
-            views = [self._features.random[rows, drawn[rows, view], view] for view in range(self._num_views)]
-            yield Batch(
-                inputs=torch.cat(views).float(),
-                observed=self._observed[rows],
-                truth=self._features.truth[rows],
-                index=self._features.index[rows],
-                ids=tuple(self._features.ids[row] for row in rows.tolist()),
-            )
+            yield self._batch(rows, drawn)
+
+    def _batch(self, rows: Tensor, drawn: Tensor) -> Batch:
+        """Return a batch of the given rows; -1 stands for none."""
+        has_row = rows >= 0
+        rows = rows.clamp_min(0)
+        index = torch.where(has_row, self._features.index[rows], -1)
+        valid = index >= 0
+        views = [self._features.random[rows, drawn[rows, view], view] for view in range(self._num_views)]
+        return Batch(
+            inputs=torch.where(valid.repeat(self._num_views).unsqueeze(1), torch.cat(views).float(), 0.0),
+            observed=torch.where(valid.unsqueeze(1), self._observed[rows], 0),
+            truth=torch.where(valid.unsqueeze(1), self._features.truth[rows], 0),
+            index=index,
+            ids=tuple(self._features.ids[row] if ok else "" for row, ok in zip(rows.tolist(), valid, strict=True)),
+            valid=valid,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a folder of shards holds, and where it came from."""
+    """What a folder of shards holds, and where it came from; ``url`` is the prefix of shards that are not local."""
 
     name: str
     class_names: tuple[str, ...]
@@ -51,6 +52,7 @@ class DataCard:
     source: dict[str, Any]
     directory: Path
     sha256: str
+    url: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -112,6 +114,31 @@ def read(directory: Path, *, prepare: str = "scinet data build", checks_shards: 
     if not path.is_file():
         raise ConfigError(f"{directory} holds no {CARD_NAME}, so it is no finished data set: make it with `{prepare}`")
     content = path.read_bytes()
+    return parse(content, str(path), prepare=prepare, directory=directory, checks_shards=checks_shards)
+
+
+def parse(
+    content: bytes,
+    where: str,
+    *,
+    prepare: str,
+    directory: Path | None = None,
+    url: str = "",
+    checks_shards: bool = True,
+) -> DataCard:
+    """Return the card that a file holds.
+
+    Args:
+        content: of the file.
+        where: the file's name in messages.
+        prepare: the command that makes it.
+        directory: of the shards, which must be there; None where they are not local.
+        url: their prefix in that case.
+        checks_shards: whether counts and shards that do not fit are an error here.
+
+    Raises:
+        DataError: if it is no card, or does not fit its shards.
+    """
     try:
         tree = json.loads(content)
         splits = {key: _split(value) for key, value in tree["splits"].items()}
@@ -121,15 +148,16 @@ def read(directory: Path, *, prepare: str = "scinet data build", checks_shards: 
             class_names=class_names,
             splits=splits,
             source=dict(tree["source"]),
-            directory=directory,
+            directory=Path(url) if directory is None else directory,
             sha256=hashlib.sha256(content).hexdigest(),
+            url=url,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
+            f"{where} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
         ) from error
     if checks_shards:
-        _check(card, path)
+        _check(card, where)
     return card
 
 
@@ -144,7 +172,7 @@ def _split(tree: dict[str, Any]) -> Split:
     )
 
 
-def _check(card: DataCard, path: Path) -> None:
+def _check(card: DataCard, path: str) -> None:
     for name, split in card.splits.items():
         if len(split.num_positives) != card.num_classes:
             raise DataError(
@@ -154,6 +182,10 @@ def _check(card: DataCard, path: Path) -> None:
             file = card.directory / shard.file
             if Path(shard.file).name != shard.file:
                 raise DataError(f"{path}: shard '{shard.file}' must be a plain file name beside the card")
+            if card.url:
+                if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+                    raise DataError(f"{path}: shard '{shard.file}' has no SHA-256, found '{shard.sha256}'")
+                continue
             if not file.is_file():
                 raise DataError(f"shard {file} is missing, {path} lists it with {shard.num_samples} samples")
             if file.stat().st_size != shard.num_bytes:

@@ -28,6 +28,7 @@ from scinet.data.masks import derive
 from scinet.errors import DataError
 
 VIEW_NAMES = ("weak", "medium", "strong")
+SHARD_FORMATS = ("JPEG", "PNG", "WEBP")  # the decoders that a shard may reach; others of Pillow's start programs
 _RANDAUGMENT_OPS = {"weak": 0, "medium": 1, "strong": 3}
 # what torchvision's RandomResizedCrop and RandomErasing take by default
 _CROP_RATIO, _CUTOUT_RATIO = (3 / 4, 4 / 3), (0.3, 3.3)
@@ -185,12 +186,13 @@ def cutout_box(generator: random.Random, size: int) -> Box | None:
     return None
 
 
-def decode(content: bytes, where: str, *, enough_pixels: int = 0) -> Tensor:
+def decode(content: bytes, where: str, *, formats: tuple[str, ...] | None = None, enough_pixels: int = 0) -> Tensor:
     """Return the RGB image of a file's bytes: [3, H, W] uint8, the channels last in memory.
 
     Args:
         content: the file.
         where: what the image is called in a message.
+        formats: Pillow's names of those that may be tried; None: all it knows.
         enough_pixels: a JPEG is decoded at a half, a quarter or an eighth of its size as long as its shorter side
             keeps this many; 0: always in full.
 
@@ -198,7 +200,7 @@ def decode(content: bytes, where: str, *, enough_pixels: int = 0) -> Tensor:
         DataError: saying ``where`` the image is that cannot be decoded.
     """
     what = f"{where}: the image"
-    with opened(content, what) as image:
+    with opened(content, what, formats) as image:
         is_jpeg = image.format == "JPEG" and image.mode in ("RGB", "L")
         reduction = min(image.size) // enough_pixels if enough_pixels else 1
         if is_jpeg and reduction < 2:

@@ -173,6 +173,8 @@ class Fusion:
         return Neighbours(*(torch.cat(pair) for pair in zip(everyone, past, strict=True)))
 
     def _propagate(self, batch: Neighbours, rows: Neighbours, values: Tensor) -> Tensor:
+        if not len(rows.indices):
+            return batch.embeddings.new_zeros(len(batch.embeddings), values.shape[1])
         bandwidth: float | Tensor = self.options.bandwidth_value
         if self.options.bandwidth is Bandwidth.adaptive:
             k = min(self.options.bandwidth_neighbours, len(rows.indices))

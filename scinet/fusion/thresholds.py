@@ -46,6 +46,8 @@ class DynamicThresholds:
 
     def update(self, passed: Tensor) -> None:
         """Count the global batch's pseudo-positives [G, C] bool, in global sample order."""
+        if not len(passed):
+            return
         rows = (self._next + torch.arange(len(passed), device=passed.device)) % len(self._ring)
         self._ring[rows[-len(self._ring) :]] = passed[-len(self._ring) :]
         self._next = int(rows[-1] + 1) % len(self._ring)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from scinet.data.batch import Features
 from scinet.data.card import DataCard
-from scinet.data.stream import Order, SampleStream, read_evenly
-from scinet.data.views import VIEW_NAMES, Views, decode
-from scinet.distributed import Ranks, gather_rows, sum_over_ranks
+from scinet.data.stream import BadSamples, StoredSample, check_skipped, read_evenly
+from scinet.data.views import SHARD_FORMATS, VIEW_NAMES, Views, decode
+from scinet.distributed import Ranks, gather_objects, gather_rows, sum_over_ranks
 from scinet.errors import DataError
 from scinet.model.network import Network, natively_bf16
-from scinet.options import Options
+from scinet.options import DataOptions, OnBadSample, Options
 
 _log = logging.getLogger(__name__)
-_RECIPE = "1"
+_RECIPE = "2"
 
 
 def ensure(
@@ -57,16 +58,21 @@ def ensure(
     variants = options.data.cached_variants if split == "train" else 0
     described = [_RECIPE, card.sha256, weights_sha256, split, variants, options.model.image_size]
     described += [options.data.smallest_crop, natively_bf16(ranks.device)]
+    if options.data.on_bad_sample is OnBadSample.skip:
+        described.append("skip")  # may have rows without a sample, which `stop` would not take
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     path = cache / "features" / f"{card.name}-{split}-{digest}.safetensors"
     # counted over ranks: where the cache is not shared, all must compute together or one would wait for ever
     has_cache = int(sum_over_ranks(torch.tensor(int(path.is_file()), device=ranks.device), ranks))
     if has_cache < ranks.world_size:
-        features = _compute(network, card, split, variants, views, ranks, progress)
+        features = _compute(network, card, split, variants, views, options.data, ranks, progress)
         if ranks.is_first:
             _save(features, path)
-        return features
-    return _load(path)
+    else:
+        features = _load(path)
+    skipped = int((features.index < 0).sum())
+    check_skipped(skipped, len(features.index), options.data.max_bad_fraction)
+    return features
 
 
 def _compute(
@@ -75,28 +81,28 @@ def _compute(
     split: str,
     variants: int,
     views: Views,
+    data: DataOptions,
     ranks: Ranks,
     progress: Callable[[int, int], None],
 ) -> Features:
     total = card.split(split).num_samples
-    stream = read_evenly(card, split, rank=ranks.rank, world_size=ranks.world_size)
+    every_view = _EveryView(views, variants)
+    stream = read_evenly(card, split, rank=ranks.rank, world_size=ranks.world_size, transform=every_view, options=data)
     rows = -(-total // ranks.world_size)
     # filled in place: thousands of small results kept between large temporaries fragmented the heap, 2 MiB an image
     made: Features | None = None
-    for row, sample in enumerate(stream):
-        image = decode(sample.image, sample.where)
-        drawn = [
-            views.random(image, name, seed=0, epoch=variant, sample_id=sample.sample_id)
-            for variant in range(variants)
-            for name in VIEW_NAMES
-        ]
-        features = network.extract(torch.stack([*drawn, views.plain(image)]).to(ranks.device)).cpu()
-        if made is None:
-            made = _empty(rows, variants, features.shape[-1], card.num_classes)
-        made.random[row] = features[:-1].view(made.random.shape[1:])
-        made.plain[row] = features[-1]
-        made.truth[row] = torch.from_numpy(sample.truth)
-        made.index[row] = sample.index
+    ids = [""] * rows
+    for row, example in enumerate(map(BadSamples().checked, stream)):
+        if example is not None or made is None:  # a row without a sample is empty, but its width is the network's
+            drawn = every_view.blank() if example is None else example.drawn
+            features = network.extract(drawn.to(ranks.device)).cpu()
+            made = made or _empty(rows, variants, features.shape[-1], card.num_classes)
+        if example is not None:
+            made.random[row] = features[:-1].view(made.random.shape[1:])
+            made.plain[row] = features[-1]
+            made.truth[row] = torch.from_numpy(example.sample.truth)
+            made.index[row] = example.sample.index
+            ids[row] = example.sample.sample_id
         progress(min((row + 1) * ranks.world_size, total), total)
     assert made is not None, "a split has samples"
 
@@ -108,22 +114,45 @@ def _compute(
         plain=gathered(made.plain),
         truth=gathered(made.truth),
         index=gathered(made.index),
-        ids=_all_ids(card, split),
+        ids=tuple(gather_objects(ids, ranks)[:total]),
     )
+
+
+@dataclass(frozen=True)
+class _Example:
+    sample: StoredSample
+    drawn: Tensor
+
+
+@dataclass(frozen=True)
+class _EveryView:
+    """Sample to its random views, variant by variant, and the plain one: [A * V + 1, 3, H, W]."""
+
+    views: Views
+    variants: int
+
+    def __call__(self, sample: StoredSample) -> _Example:
+        image = decode(sample.image, sample.where, formats=SHARD_FORMATS)
+        drawn = [
+            self.views.random(image, name, seed=0, epoch=variant, sample_id=sample.sample_id)
+            for variant in range(self.variants)
+            for name in VIEW_NAMES
+        ]
+        return _Example(sample, torch.stack([*drawn, self.views.plain(image)]))
+
+    def blank(self) -> Tensor:
+        side = self.views.image_size
+        return torch.zeros(self.variants * len(VIEW_NAMES) + 1, 3, side, side)
 
 
 def _empty(rows: int, variants: int, width: int, num_classes: int) -> Features:
     return Features(
-        random=torch.empty(rows, variants, len(VIEW_NAMES), width, dtype=torch.float16),
-        plain=torch.empty(rows, width),
-        truth=torch.empty(rows, num_classes, dtype=torch.int8),
-        index=torch.empty(rows, dtype=torch.int64),
+        random=torch.zeros(rows, variants, len(VIEW_NAMES), width, dtype=torch.float16),
+        plain=torch.zeros(rows, width),
+        truth=torch.zeros(rows, num_classes, dtype=torch.int8),
+        index=torch.full((rows,), -1),
         ids=(),
     )
-
-
-def _all_ids(card: DataCard, split: str) -> tuple[str, ...]:
-    return tuple(sample.sample_id for sample in SampleStream(card, split, Order(0, 0, 1, 0)))
 
 
 def _save(features: Features, path: Path) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from scinet import rundir
 from scinet.data.card import DataCard
-from scinet.data.stream import Order, SampleStream
+from scinet.data.stream import Order, SampleStream, StoredSample
+from scinet.data.views import SHARD_FORMATS, decode
 from scinet.evaluation.evaluator import Scores
 from scinet.options import DataOptions, Options
 from scinet.report.page import Example, write_report
@@ -51,7 +52,7 @@ def write(
         scores=scores.probabilities.numpy(),
         truth=scores.truth.numpy(),
         label_correlation=None if correlation is None else correlation.numpy(),
-        examples=_examples(card, scores),
+        examples=_examples(card, scores, options.data),
     )
 
 
@@ -84,8 +85,15 @@ def _map(metrics: dict[str, Any]) -> str:
     return f"{metrics['mean_average_precision']:.1f}"
 
 
-def _examples(card: DataCard, scores: Scores) -> list[Example]:
-    samples = islice(SampleStream(card, "test", Order(0, 0, 1, 0)), _NUM_EXAMPLES)
+def _decodable(sample: StoredSample) -> StoredSample:
+    decode(sample.image, sample.where, formats=SHARD_FORMATS)
+    return sample
+
+
+def _examples(card: DataCard, scores: Scores, data: DataOptions) -> list[Example]:
+    stream = SampleStream(card, "test", Order(0, 0, 1, 0), transform=_decodable, options=data)
+    # the scores leave out what was skipped, which was named then
+    samples = islice((sample for sample in stream if isinstance(sample, StoredSample)), _NUM_EXAMPLES)
     examples = []
     for sample, probabilities in zip(samples, scores.probabilities, strict=False):
         best = probabilities.topk(min(_TOP, card.num_classes))

@@ -281,7 +281,7 @@ def test_the_operator_obeys_torch_library(with_keys: bool) -> None:
     keys = rows(2, 9, 4).requires_grad_() if with_keys else None
     bandwidth = torch.ones(1, dtype=torch.float64, requires_grad=True)
     offset = None if with_keys else 0
-    arguments = (x, keys, values, bandwidth, None, None, None, offset, not with_keys, None, "cpu", 4000)
+    arguments = (x, keys, values, bandwidth, None, None, None, offset, not with_keys, None, "cpu", 4000, "auto")
     torch.library.opcheck(torch.ops.scinet.gaussian, arguments)
 
 

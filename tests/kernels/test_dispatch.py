@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scinet_kernels import dispatch
+from scinet_kernels import dispatch, gaussian_propagate
 
 ON_GPU = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), is_cuda=True)
 
@@ -43,3 +43,14 @@ def test_an_old_gpu_is_named_once_and_torch_does_the_work(caplog: pytest.LogCapt
     ]
     with pytest.raises(ValueError, match="older than"):
         dispatch.choose("pearson", "triton", ON_GPU, rows=4096)
+
+
+def test_fp32_products_are_split_in_three_unless_full_ones_are_asked_for() -> None:
+    from scinet_kernels.gaussian_triton import input_precision
+
+    assert input_precision(torch.device("cuda"), "auto") == ("ieee" if torch.version.hip else "tf32x3")
+    assert input_precision(torch.device("cuda"), "ieee") == "ieee"
+    x = torch.eye(3)
+    assert torch.equal(gaussian_propagate(x, x, bandwidth=1, precision="ieee"), gaussian_propagate(x, x, bandwidth=1))
+    with pytest.raises(ValueError, match="'ieee'"):
+        gaussian_propagate(x, x, bandwidth=1, precision="tf32")

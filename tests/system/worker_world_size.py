@@ -39,9 +39,9 @@ class Recorder(Trainer):
         self.tensors: dict[str, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def micro_step(self, batch: Batch, epoch: int) -> Step:
+    def micro_step(self, batch: Batch, epoch: int, size: float) -> Step:
         ranks: Ranks = self._seen_by
-        step = super().micro_step(batch, epoch)
+        step = super().micro_step(batch, epoch, size)
         assert step.confidence is not None
         assert self.fusion is not None
         number = len(self.rows)
