@@ -117,9 +117,9 @@ def loader(
 
     _device(Device.cpu, threads)
     setting = loaderbench.Setting(images, batch, workers, image_size, repeats)
-    found = loaderbench.measure(card, setting, _say)
-    print(loaderbench.report(found, setting), end="")
-    _write(json_, loaderbench.to_json(found, setting))
+    rows, resume = loaderbench.measure(card, setting, _say)
+    print(loaderbench.report(rows, resume, setting), end="")
+    _write(json_, loaderbench.to_json(rows, resume, setting))
 
 
 def _check_folder(path: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 All contestants decode the same images and draw the same views with the same functions, in one process (or as many
 loader processes as asked), and take turns; each figure is that of the fastest turn. The limit is the bare loop over
-images in memory: decode, draw, nothing else.
+images in memory: decode, draw, nothing else. Beside it, how long a resumed epoch takes to get past many samples.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ OURS, WEBDATASET, FILES, LIMIT = "scinet", "webdataset", "Dataset over files", "
 TARGETS = {LIMIT: 0.9, WEBDATASET: 1.0, FILES: 1.0}
 """What our rate over a contestant's should reach."""
 
+SKIPPED, SKIP_TARGET = 100_000, 50.0
+"""Samples that a resumed epoch leaves behind, and how much faster than reading them that should be."""
+
 # Median over minimum of the limit's turns beyond which a run cannot be trusted.
 _STEADY = 1.3
 _NORMALISATION = Normalisation((0.481, 0.458, 0.408), (0.269, 0.261, 0.276))
@@ -63,6 +66,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Seconds to the first batch of an epoch that is resumed after ``skipped`` samples, beyond those of a new epoch.
+
+    ``reading_s`` is what reading those samples takes, at the rate that was measured.
+    """
+
+    skipped: int
+    skipping_s: float
+    reading_s: float
+
+    @property
+    def times_faster(self) -> float:
+        """Reading over skipping."""
+        return self.reading_s / self.skipping_s
+
+
+@dataclass(frozen=True)
 class _Material:
     """The same samples three ways: in shards, as files, in memory."""
 
@@ -73,8 +93,8 @@ class _Material:
     options: DataOptions
 
 
-def measure(card: DataCard, setting: Setting, say: Callable[[str], None]) -> list[Row]:
-    """Let the contestants take turns over the first shards of a training split.
+def measure(card: DataCard, setting: Setting, say: Callable[[str], None]) -> tuple[list[Row], Resume]:
+    """Let the contestants take turns over the first shards of a training split, then skip over many of them.
 
     Args:
         card: of the data set.
@@ -101,13 +121,16 @@ def measure(card: DataCard, setting: Setting, say: Callable[[str], None]) -> lis
                 started = time.perf_counter()
                 done = run()
                 rates[name].append(done / (time.perf_counter() - started))
+        say(f"skip {SKIPPED} samples")
+        resume = _resume(material, setting, SKIPPED / max(rates[OURS]))
     cores = {name: 1 if name == LIMIT else max(1, setting.workers) for name in rates}
     best = {name: max(found) / cores[name] for name, found in rates.items()}
     is_steady = max(rates[LIMIT]) <= _STEADY * statistics.median(rates[LIMIT])
-    return [
+    rows = [
         Row(name, rate, best[OURS] / rate, TARGETS.get(name), is_steady)
         for name, rate in sorted(best.items(), key=lambda pair: -pair[1])
     ]
+    return rows, resume
 
 
 def _prepare(card: DataCard, folder: Path, setting: Setting) -> _Material:
@@ -133,6 +156,35 @@ def _ours(material: _Material, setting: Setting) -> int:
     share = Share(0, 1, setting.batch, 1)
     source = ImageBatches(material.card, material.options, material.views, VIEW_NAMES, share, seed=0)
     return sum(len(batch.ids) for batch in source.epoch(0))
+
+
+def _resume(material: _Material, setting: Setting, reading_s: float) -> Resume:
+    """Begin an epoch of enough samples at its start and after those that are skipped, in turns."""
+    card = _repeated(material, SKIPPED + SKIPPED // 10)
+    source = ImageBatches(card, material.options, material.views, VIEW_NAMES, Share(0, 1, setting.batch, 1), seed=0)
+    step = SKIPPED // setting.batch
+    taken: dict[int, list[float]] = {0: [], step: []}
+    for _ in range(setting.repeats):
+        for start, seconds in taken.items():
+            started = time.perf_counter()
+            next(source.epoch(0, start))
+            seconds.append(time.perf_counter() - started)
+    skipping_s = max(min(taken[step]) - min(taken[0]), 1e-3)
+    return Resume(step * setting.batch, skipping_s, reading_s)
+
+
+def _repeated(material: _Material, num_samples: int) -> DataCard:
+    """Return a card of the same shards over and over, each under many names, until there are enough samples."""
+    split = material.card.split("train")
+    shards: list[Shard] = []
+    for round_ in range(-(-num_samples // split.num_samples)):
+        for shard in split.shards:
+            name = f"round-{round_:06d}-{shard.file}"
+            (material.folder / name).symlink_to((material.card.directory / shard.file).resolve())
+            shards.append(dataclasses.replace(shard, file=name))
+    total = sum(shard.num_samples for shard in shards)
+    train = dataclasses.replace(split, num_samples=total, shards=tuple(shards))
+    return dataclasses.replace(material.card, directory=material.folder, splits={"train": train})
 
 
 def _three_views(views: Views, content: bytes, sample_id: str) -> Tensor:
@@ -198,8 +250,8 @@ def _files(material: _Material, setting: Setting) -> int:
     return sum(len(observed) for _, observed, _ in batches)
 
 
-def report(rows: Sequence[Row], setting: Setting) -> str:
-    """Return the rows as a Markdown table."""
+def report(rows: Sequence[Row], resume: Resume, setting: Setting) -> str:
+    """Return the rows as a Markdown table, and what skipping takes."""
     text = io.StringIO()
     print(
         f"Three views of {setting.image_size} pixels, batches of {setting.batch}, {setting.workers} loader processes, "
@@ -208,6 +260,12 @@ def report(rows: Sequence[Row], setting: Setting) -> str:
     )
     for line in _lines(rows):
         print(f"| {' | '.join(line)} |", file=text)
+    verdict = "met" if resume.times_faster >= SKIP_TARGET else "missed"
+    print(
+        f"\nResuming after {resume.skipped:,} samples: {resume.skipping_s:.2f} s; reading them: "
+        f"{resume.reading_s:.0f} s, {resume.times_faster:,.0f} times as long (target {SKIP_TARGET:g}, {verdict}).",
+        file=text,
+    )
     if not rows[0].is_steady:
         print("\nThe turns of the limit lie far apart: the machine is busy, measure again.", file=text)
     return text.getvalue()
@@ -229,7 +287,8 @@ def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def to_json(rows: Sequence[Row], setting: Setting) -> str:
-    """Return rows, setting and environment as JSON."""
+def to_json(rows: Sequence[Row], resume: Resume, setting: Setting) -> str:
+    """Return rows, resume, setting and environment as JSON."""
     whole = {"environment": environment(), "setting": dataclasses.asdict(setting)}
+    whole["resume"] = dataclasses.asdict(resume)
     return json.dumps(whole | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n"
