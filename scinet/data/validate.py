@@ -195,10 +195,12 @@ def _image_hash(content: bytes, extension: str, where: str, findings: Findings) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with opened(content, where) as image:
-                if image.format not in IMAGE_FORMATS.values():
-                    raise DataError(f"{where}: {image.format} is none of {', '.join(IMAGE_FORMATS.values())}")
-                if image.format != IMAGE_FORMATS[extension]:
-                    findings.add("image-extension", f"{where}.{extension}: {image.format}")
+                # an MPO is a JPEG with further pictures after it
+                kind = "JPEG" if image.format == "MPO" else image.format
+                if kind not in IMAGE_FORMATS.values():
+                    raise DataError(f"{where}: {kind} is none of {', '.join(IMAGE_FORMATS.values())}")
+                if kind != IMAGE_FORMATS[extension]:
+                    findings.add("image-extension", f"{where}.{extension}: {kind}")
                 pixels = image.convert("RGB")
     except DataError as error:
         findings.add("image-broken", str(error))
