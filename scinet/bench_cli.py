@@ -1,4 +1,4 @@
-"""``scinet bench``: how fast the fusion is, alone and within a training step."""
+"""``scinet bench``: how fast the fusion is, alone and within a training step, and how fast data are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from scinet.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Measure the fusion on this machine.")
+app = typer.Typer(no_args_is_help=True, help="Measure fusion and reading on this machine.")
 
 _SMALLEST_ROWS = 256  # fewer leave pairs of columns without enough rows known in both
 _LARGEST_SHARE = 0.5
@@ -53,8 +53,7 @@ def fusion(
 ) -> None:
     """Compare our operators with what a user would write: scinet bench fusion --sizes 1k --no-memory."""
     rows = _rows(sizes)
-    if json_ is not None and not json_.parent.is_dir():
-        raise ConfigError(f"--json {json_}: the folder {json_.parent} does not exist")
+    _check_folder(json_)
 
     from scinet_kernels import bench
 
@@ -72,10 +71,7 @@ def fusion(
         _tune(rows[0], width, columns)
     found = bench.run(settings, with_compiled=compile_, with_memory=memory, say=_say)
     print(bench.report(found), end="")
-    if json_ is not None:
-        temporary = json_.with_name(f"{json_.name}.part")
-        temporary.write_text(bench.to_json(found), encoding="utf-8")
-        temporary.rename(json_)
+    _write(json_, bench.to_json(found))
 
 
 @app.command()
@@ -98,6 +94,44 @@ def step(
 
     chosen = _device(device, threads)
     print(stepbench.report(options, stepbench.Sizes(batch, bank, images, repeats), chosen, _say), end="")
+
+
+@app.command()
+def loader(
+    data: Annotated[Path, typer.Option("--data", help="A folder made by scinet data build.")] = Path("data/scenes"),
+    images: Annotated[int, typer.Option(min=1, help="Images a turn, filled up to whole shards.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, max=64, help="Loader processes.")] = 0,
+    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Side of a view, pixels.")] = 224,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each contestant; the fastest counts.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; one, so that rates are per core.")] = 1,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the rows here too.")] = None,
+) -> None:
+    """Compare our reading path with its limit and its peers: scinet bench loader --images 256."""
+    _check_folder(json_)
+    from scinet.data import card as data_card
+
+    card = data_card.read(data)
+
+    from scinet import loaderbench
+
+    _device(Device.cpu, threads)
+    setting = loaderbench.Setting(images, batch, workers, image_size, repeats)
+    rows, resume = loaderbench.measure(card, setting, _say)
+    print(loaderbench.report(rows, resume, setting), end="")
+    _write(json_, loaderbench.to_json(rows, resume, setting))
+
+
+def _check_folder(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--json {path}: the folder {path.parent} does not exist")
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        temporary = path.with_name(f"{path.name}.part")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(path)
 
 
 def _rows(sizes: str) -> list[int]:

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from scinet.data import mask_file
+from scinet.data.buffers import Buffers
 from scinet.data.card import DataCard
 from scinet.data.masks import derive, observe
 from scinet.data.stream import BadSamples, Order, SampleStream, StoredSample
-from scinet.data.views import SHARD_FORMATS, Views, decode
+from scinet.data.views import SHARD_FORMATS, Drawn, Views, decode
 from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions, OnBadSample
 
@@ -151,7 +152,7 @@ class Mask:
 class _Example:
     """A decoded sample; labels are the places and signs [P] of its known and of its observed cells, int32 and int8."""
 
-    views: Tensor
+    drawn: Drawn
     known: _Cells
     observed: _Cells
     index: int
@@ -172,14 +173,12 @@ class _Decoder:
     epoch: int
 
     def __call__(self, sample: StoredSample) -> _Example:
-        image = decode(sample.image, sample.where, formats=SHARD_FORMATS)
-        drawn = [
-            self.views.random(image, name, seed=self.seed, epoch=self.epoch, sample_id=sample.sample_id)
-            for name in self.view_names
-        ]
+        enough = self.views.enough_pixels
+        image = decode(sample.image, sample.where, formats=SHARD_FORMATS, enough_pixels=enough)
+        drawn = self.views.draw(image, self.view_names, seed=self.seed, epoch=self.epoch, sample_id=sample.sample_id)
         truth = sample.truth
         observed = self.mask(truth, sample.sample_id)
-        return _Example(torch.stack(drawn), _sparse(truth), _sparse(observed), sample.index, sample.sample_id)
+        return _Example(drawn, _sparse(truth), _sparse(observed), sample.index, sample.sample_id)
 
 
 def _sparse(labels: npt.NDArray[np.int8]) -> _Cells:
@@ -197,6 +196,7 @@ class ImageBatches:
         self._card, self._options, self._views, self._share, self._seed = card, options, views, share, seed
         self._view_names = tuple(view_names)
         self._mask = Mask(options)
+        self._buffers = Buffers()
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
         self.has_gaps = share.trains_last or options.on_bad_sample is OnBadSample.skip
@@ -225,10 +225,15 @@ class ImageBatches:
             yield self._collate(list(islice(examples, share.micro_batch_size)))
 
     def _collate(self, examples: list[_Example | None]) -> Batch:
-        side = self._views.image_size
-        nothing = torch.zeros(len(self._view_names), 3, side, side)
+        num_views, side = len(self._view_names), self._views.image_size
+        inputs = self._buffers.take(num_views, len(examples), 3, side, side)
+        for place, example in enumerate(examples):
+            if example is None:
+                inputs[:, place] = 0
+            else:
+                self._views.normalise(example.drawn, inputs[:, place])
         return Batch(
-            inputs=torch.stack([e.views if e else nothing for e in examples], dim=1).flatten(0, 1),
+            inputs=inputs.flatten(0, 1),
             observed=_dense([e.observed if e else None for e in examples], self._card.num_classes),
             truth=_dense([e.known if e else None for e in examples], self._card.num_classes),
             index=torch.tensor([e.index if e else -1 for e in examples]),

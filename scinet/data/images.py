@@ -15,8 +15,7 @@ from scinet.errors import DataError
 IMAGE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Extension of an image in a shard to Pillow's name of its format: the only ones that are written, read and decoded."""
 REENCODED_QUALITY = 95
-# an MPO, which many phones write, is a JPEG with further pictures after it
-_EXTENSIONS = {kind: extension for extension, kind in IMAGE_FORMATS.items()} | {"MPO": "jpg"}
+_EXTENSIONS = {kind: extension for extension, kind in IMAGE_FORMATS.items()}
 # what Pillow's decoders raise on files that were made to break them
 _UNDECODABLE = (
     OSError,
@@ -57,6 +56,11 @@ def opened(content: bytes, what: str, formats: tuple[str, ...] | None = None) ->
         raise BrokenImageError(f"{what} cannot be decoded ({len(content)} bytes): {reason}") from error
 
 
+def format_of(image: Image.Image) -> str:
+    """Return the name of an image's format; an MPO, which phones write, is a JPEG with further pictures after it."""
+    return "JPEG" if image.format == "MPO" else image.format or ""
+
+
 def storable(content: bytes, what: str, *, reencode: bool) -> tuple[bytes, str]:
     """Return the bytes to store and their extension, after decoding the whole image.
 
@@ -69,7 +73,7 @@ def storable(content: bytes, what: str, *, reencode: bool) -> tuple[bytes, str]:
         BrokenImageError: if it cannot be decoded, or is of another format and ``reencode`` is not set.
     """
     with opened(content, what) as image:
-        kind = image.format or ""
+        kind = format_of(image)
         if kind in _EXTENSIONS:
             # an eighth of the size is enough to meet a damage and saves most of a JPEG's decoding
             image.draft(image.mode, (max(image.width // 8, 1), max(image.height // 8, 1)))

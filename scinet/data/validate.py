@@ -22,7 +22,7 @@ from PIL import Image
 from scinet.data import card as data_card
 from scinet.data.card import SPLITS, DataCard, Shard
 from scinet.data.findings import NUM_EXAMPLES, Findings
-from scinet.data.images import IMAGE_FORMATS, opened
+from scinet.data.images import IMAGE_FORMATS, format_of, opened
 from scinet.data.members import LABELS, Labels, StoredMembers, in_parallel, parse_labels, stored_members
 from scinet.errors import DataError
 
@@ -195,10 +195,11 @@ def _image_hash(content: bytes, extension: str, where: str, findings: Findings) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with opened(content, where) as image:
-                if image.format not in IMAGE_FORMATS.values():
-                    raise DataError(f"{where}: {image.format} is none of {', '.join(IMAGE_FORMATS.values())}")
-                if image.format != IMAGE_FORMATS[extension]:
-                    findings.add("image-extension", f"{where}.{extension}: {image.format}")
+                kind = format_of(image)
+                if kind not in IMAGE_FORMATS.values():
+                    raise DataError(f"{where}: {kind} is none of {', '.join(IMAGE_FORMATS.values())}")
+                if kind != IMAGE_FORMATS[extension]:
+                    findings.add("image-extension", f"{where}.{extension}: {kind}")
                 pixels = image.convert("RGB")
     except DataError as error:
         findings.add("image-broken", str(error))

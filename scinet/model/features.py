@@ -25,7 +25,7 @@ from scinet.model.network import Network, natively_bf16
 from scinet.options import DataOptions, OnBadSample, Options
 
 _log = logging.getLogger(__name__)
-_RECIPE = "1"
+_RECIPE = "2"
 
 
 def ensure(

@@ -115,3 +115,16 @@ def test_bench_step_refuses_what_has_no_fusion_to_time(scinet: Any, override: st
     (line,) = result.err.splitlines()
     assert line.startswith("error: ")
     assert override.partition("=")[0].rpartition(".")[2] in line
+
+
+def test_bench_loader_prints_a_table_and_writes_the_same_rows_as_json(
+    scinet: Any, scenes: Path, tmp_path: Path
+) -> None:
+    words = ("--data", scenes, "--images", 30, "--batch", 8, "--image-size", 32, "--repeats", 1)
+    result = scinet("bench", "loader", *words, "--json", tmp_path / "rows.json")
+    assert result.status == 0, result.err
+    header, _, *lines = _table(result.out)
+    assert header[0] == "contestant"
+    whole = json.loads((tmp_path / "rows.json").read_text())
+    assert [line[0] for line in lines] == [row["contestant"] for row in whole["rows"]]
+    assert scinet("bench", "loader", "--data", tmp_path / "nowhere").status == 2

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 
 from scinet.data import mask_file
@@ -24,7 +23,7 @@ from scinet.data.card import DataCard
 from scinet.data.mask_file import Header, Row
 from scinet.data.masks import observe
 from scinet.data.stream import Order, SampleStream
-from scinet.data.views import Normalisation, Views, decode
+from scinet.data.views import Drawn, Normalisation, Views, decode
 from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions, OnBadSample
 from tests.scinet.conftest import MakeShards, spoil
@@ -183,10 +182,10 @@ def test_place_stays_empty_when_a_bad_sample_is_skipped(
 class _Killer(Views):
     """Views whose third image costs the process its life."""
 
-    def random(self, image: Image.Image, name: str, *, seed: int, epoch: int, sample_id: str) -> Tensor:
+    def draw(self, image: Tensor, names: Sequence[str], *, seed: int, epoch: int, sample_id: str) -> Drawn:
         if sample_id == "train-0003":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().random(image, name, seed=seed, epoch=epoch, sample_id=sample_id)
+        return super().draw(image, names, seed=seed, epoch=epoch, sample_id=sample_id)
 
 
 @pytest.mark.timeout(60)

@@ -265,6 +265,17 @@ def test_image_is_only_a_warning_when_its_extension_is_another(folder: Path, mak
     assert (found.total(ERROR), found.total(WARNING)) == (0, 1)
 
 
+def test_image_is_a_jpeg_when_further_pictures_follow_it(folder: Path) -> None:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    pictures = [Image.new("RGB", (9, 7), (shade, 0, 0)) for shade in (10, 200)]
+    pictures[0].save(buffer, "MPO", save_all=True, append_images=pictures[1:])
+    # every other sample of the folder is a JPEG
+    _edit_image(folder, buffer.getvalue(), place=1)
+    assert _check(folder).counts == {}
+
+
 def test_image_is_repeated_when_only_its_metadata_differs(folder: Path) -> None:
     from PIL import Image
 
