@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scinet.data.card import DataCard
-from scinet.data.members import Labels, split_labels
+from scinet.data.labels import Labels
+from scinet.data.members import split_labels
 
 Counts = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]

@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from scinet.data.card import DataCard
 from scinet.data.formats.table import meanings
+from scinet.data.labels import parse_labels
 from scinet.data.masks import KNOWN_NEGATIVE, KNOWN_POSITIVE, UNKNOWN, text_key
-from scinet.data.members import parse_labels, split_labels
+from scinet.data.members import split_labels
 from scinet.errors import ConfigError, DataError, nearest
 
 FORMAT = "scinet-mask-1"

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from scinet.data.card import DataCard
 from scinet.data.findings import NUM_EXAMPLES
+from scinet.data.labels import Labels
 from scinet.data.mask_file import MaskTable, Row
 from scinet.data.masks import KNOWN_NEGATIVE, KNOWN_POSITIVE, UNKNOWN, observe
-from scinet.data.members import Labels, split_labels
+from scinet.data.members import split_labels
 
 CONFIDENCE_LEVEL = 0.95
 _NORMAL_QUANTILE = 1.959963984540054  # two-sided, of that level

@@ -5,7 +5,6 @@ Training reads through :mod:`scinet.data.stream`; the tools here read every labe
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections import deque
@@ -15,10 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from scinet.data.card import DataCard
 from scinet.data.images import IMAGE_FORMATS
+from scinet.data.labels import Labels, parse_labels
+from scinet.data.tar_headers import LocalStream, Tar
 from scinet.errors import DataError
 
 LABELS = "json"
@@ -27,16 +28,6 @@ _PENDING_A_JOB = 4
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the JSON member of a sample says."""
-
-    sample_id: str
-    index: int
-    positives: tuple[int, ...]
-    negatives: tuple[int, ...]
 
 
 @dataclass
@@ -48,39 +39,6 @@ class StoredMembers:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
-def parse_labels(content: bytes | str, *, needs_index: bool = True) -> Labels:
-    """Return the labels of a JSON member, or of a line of a mask, which has no index (-1).
-
-    Raises:
-        ValueError: with the reason, if it is not what ``scinet data build`` writes; classes are not compared here.
-    """
-    try:
-        tree = json.loads(content)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"no JSON ({error})") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"a {type(tree).__name__}, expected an object")
-    tree = tree if needs_index else {"index": -1, **tree}
-    missing = [key for key in ("id", "index", "positives", "negatives") if key not in tree]
-    if missing:
-        raise ValueError(f"no '{missing[0]}'")
-    if not isinstance(tree["id"], str) or not tree["id"]:
-        raise ValueError("'id' is no text")
-    if not _is_int(tree["index"]):
-        raise ValueError("'index' is no whole number")
-    for key in ("positives", "negatives"):
-        if not isinstance(tree[key], list) or not all(_is_int(label) for label in tree[key]):
-            raise ValueError(f"'{key}' is no list of whole numbers")
-    return Labels(tree["id"], tree["index"], tuple(tree["positives"]), tuple(tree["negatives"]))
-
-
-def _is_int(value: Any) -> bool:
-    # json reads integers of any length; those beyond 64 bits fit no array
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62
-
-
 def stored_members(path: Path, *, with_images: bool) -> Iterator[StoredMembers]:
     """Yield the samples of a tar as the reader groups them, with what is wrong about their members.
 
@@ -89,17 +47,15 @@ def stored_members(path: Path, *, with_images: bool) -> Iterator[StoredMembers]:
         with_images: read the images too; without, they are skipped in the file and their parts are empty.
 
     Raises:
-        tarfile.TarError, OSError, EOFError, ValueError: where the tar is damaged.
+        tarfile.TarError, OSError, ValueError: where the tar is damaged.
     """
     largest = path.stat().st_size
     current: StoredMembers | None = None
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # it would keep a record of every member
+    with path.open("rb") as file:
+        tar = Tar(LocalStream(file))
+        while (member := tar.next()) is not None:
             matched = _MEMBER.fullmatch(member.name)
-            # a sparse member of a few bytes can claim terabytes
-            is_plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-            if matched is None or not is_plain or member.size > largest:
+            if matched is None or not member.is_regular or member.size > largest:
                 # at once: the tar may end before the sample does
                 yield StoredMembers(member.name, problems=[("member-foreign", member.name)])
                 continue
@@ -111,17 +67,10 @@ def stored_members(path: Path, *, with_images: bool) -> Iterator[StoredMembers]:
             if extension in current.parts:
                 current.problems.append(("member-twice", member.name))
             else:
-                current.parts[extension] = _content(tar, member, skip=extension != LABELS and not with_images)
+                is_read = with_images or extension == LABELS
+                current.parts[extension] = tar.content(member) if is_read else b""
     if current is not None:
         yield current
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, *, skip: bool) -> bytes:
-    file = None if skip else tar.extractfile(member)
-    content = b"" if file is None else file.read()
-    if not skip and len(content) != member.size:
-        raise EOFError(f"member '{member.name}' is cut off")
-    return content
 
 
 def labels_of(path: Path, num_samples: int) -> Iterator[Labels]:

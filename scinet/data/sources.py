@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from scinet.data import card as data_card
 from scinet.data import shardcache, transports
 from scinet.data.card import DataCard, Shard
 from scinet.data.remote import FIRST_PAUSE_S, RemoteStream
-from scinet.data.tars import Stream
+from scinet.data.tar_headers import LocalStream, Stream
 from scinet.errors import DataError
 from scinet.options import DataOptions
 
@@ -63,7 +62,7 @@ def opened(card: DataCard, shard: Shard, options: DataOptions) -> Iterator[Strea
     """
     if not card.url:
         with _open_local(card.directory / shard.file, options.retries) as file:
-            yield _LocalStream(file)
+            yield LocalStream(file)
         return
     address = transports.join(card.url, shard.file)
     stream = _remote(address, options, size=shard.num_bytes, sha256=shard.sha256)
@@ -72,7 +71,7 @@ def opened(card: DataCard, shard: Shard, options: DataOptions) -> Iterator[Strea
         cached = shardcache.fetched(shard, stream, folder, timeout_s=options.timeout_s)
         if cached is not None:
             with _open_local(cached, options.retries) as file:
-                yield _LocalStream(file)
+                yield LocalStream(file)
             return
         stream = _remote(address, options, size=shard.num_bytes, sha256=shard.sha256)
     with contextlib.closing(stream):
@@ -104,20 +103,3 @@ def _open_local(path: Path, retries: int) -> BinaryIO:
                 raise DataError(f"shard {path} cannot be read: {error.strerror} ({attempt + 1} attempts)") from error
         time.sleep(FIRST_PAUSE_S * 2**attempt)
         attempt += 1
-
-
-class _LocalStream:
-    """A file that is skipped by seeking."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._size = os.fstat(file.fileno()).st_size
-
-    def read(self, size: int) -> bytes:
-        return self._file.read(min(size, self._size))
-
-    def skip(self, size: int) -> None:
-        self._file.seek(min(self._file.tell() + size, self._size))
-
-    def finish(self) -> None:
-        """Nothing: `scinet data validate` reads the checksums of local shards."""

@@ -25,9 +25,10 @@ from scinet.data import sources, tars
 from scinet.data.card import DataCard
 from scinet.data.masks import KNOWN_NEGATIVE, KNOWN_POSITIVE
 from scinet.data.order import Order, Part, lane_parts, lane_places
-from scinet.data.tars import IMAGE_EXTENSIONS, Refused, printable
+from scinet.data.tars import IMAGE_EXTENSIONS, Refused
 from scinet.errors import DataError
 from scinet.options import DataOptions, OnBadSample
+from scinet.texttable import printable
 
 __all__ = ["BadSample", "BadSamples", "Order", "SampleStream", "StoredSample", "check_skipped", "read_evenly"]
 

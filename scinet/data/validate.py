@@ -23,7 +23,8 @@ from scinet.data import card as data_card
 from scinet.data.card import SPLITS, DataCard, Shard
 from scinet.data.findings import NUM_EXAMPLES, Findings
 from scinet.data.images import IMAGE_FORMATS, format_of, opened
-from scinet.data.members import LABELS, Labels, StoredMembers, in_parallel, parse_labels, stored_members
+from scinet.data.labels import Labels, parse_labels
+from scinet.data.members import LABELS, StoredMembers, in_parallel, stored_members
 from scinet.errors import DataError
 
 Hashes = npt.NDArray[np.uint64]

@@ -18,7 +18,8 @@ import numpy as np
 from scinet.data.card import DataCard
 from scinet.data.census import Census, positives_of
 from scinet.data.images import IMAGE_FORMATS
-from scinet.data.members import LABELS, Labels, parse_labels, stored_members
+from scinet.data.labels import Labels, parse_labels
+from scinet.data.members import LABELS, stored_members
 from scinet.report import data_charts
 from scinet.report.rendering import Chart, chart, image_source, render, write_page
 

@@ -1,0 +1,50 @@
+"""The JSON member of a sample: its id, its index and the classes known to be present and absent, nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the JSON member of a sample says."""
+
+    sample_id: str
+    index: int
+    positives: tuple[int, ...]
+    negatives: tuple[int, ...]
+
+
+def parse_labels(content: bytes | str, *, needs_index: bool = True) -> Labels:
+    """Return the labels of a JSON member, or of a line of a mask, which has no index (-1).
+
+    Raises:
+        ValueError: with the reason, if it is not what ``scinet data build`` writes; classes are not compared here.
+    """
+    try:
+        tree = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"no JSON ({error})") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"a {type(tree).__name__}, expected an object")
+    tree = tree if needs_index else {"index": -1, **tree}
+    missing = [key for key in ("id", "index", "positives", "negatives") if key not in tree]
+    if missing:
+        raise ValueError(f"no '{missing[0]}'")
+    if not isinstance(tree["id"], str) or not tree["id"]:
+        raise ValueError("'id' is no text")
+    if not _is_int(tree["index"]):
+        raise ValueError("'index' is no whole number")
+    for key in ("positives", "negatives"):
+        if not isinstance(tree[key], list) or not all(_is_int(label) for label in tree[key]):
+            raise ValueError(f"'{key}' is no list of whole numbers")
+    return Labels(tree["id"], tree["index"], tuple(tree["positives"]), tuple(tree["negatives"]))
+
+
+def _is_int(value: Any) -> bool:
+    # json reads integers of any length; those beyond 64 bits fit no array
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62
