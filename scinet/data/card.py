@@ -73,7 +73,7 @@ class DataCard:
     source: dict[str, Any]
     directory: Path
     sha256: str
-    num_indices: int = 0
+    num_indices: int
     missing: Missing = Missing()
     url: str = ""
     where: str = CARD_NAME
@@ -222,6 +222,9 @@ def _missing(tree: dict[str, Any]) -> Missing:
 
 
 def _check(card: DataCard, path: str) -> None:
+    num_samples = sum(split.num_samples for split in card.splits.values())
+    if card.num_indices < num_samples:
+        raise DataError(f"{path}: {card.num_indices} indices are too few for its {num_samples} samples")
     for name, split in card.splits.items():
         if len(split.num_positives) != card.num_classes:
             raise DataError(

@@ -45,6 +45,22 @@ def parse_labels(content: bytes | str, *, needs_index: bool = True) -> Labels:
     return Labels(tree["id"], tree["index"], tuple(tree["positives"]), tuple(tree["negatives"]))
 
 
+def check_range(labels: Labels, num_classes: int, num_indices: int) -> None:
+    """Refuse labels that do not fit a data set.
+
+    Raises:
+        ValueError: if a class or the index is out of range, or a class is present and absent at once.
+    """
+    for label in (*labels.positives, *labels.negatives):
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class {label} of {num_classes}")
+    both = set(labels.positives).intersection(labels.negatives)
+    if both:
+        raise ValueError(f"class {min(both)} is positive and negative at once")
+    if not 0 <= labels.index < num_indices:
+        raise ValueError(f"index {labels.index} of {num_indices}")
+
+
 def _is_int(value: Any) -> bool:
     # json reads integers of any length; those beyond 64 bits fit no array
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62

@@ -18,9 +18,10 @@ from typing import TypeVar
 
 from scinet.data.card import DataCard
 from scinet.data.images import IMAGE_FORMATS
-from scinet.data.labels import Labels, parse_labels
+from scinet.data.labels import Labels, check_range, parse_labels
 from scinet.data.tar_headers import LocalStream, Tar
 from scinet.errors import DataError
+from scinet.texttable import printable
 
 LABELS = "json"
 _MEMBER = re.compile(rf"([^./]+)\.({'|'.join([*IMAGE_FORMATS, LABELS])})")
@@ -89,11 +90,15 @@ def labels_of(path: Path, num_samples: int) -> Iterator[Labels]:
             if not stored.parts:
                 continue
             if LABELS not in stored.parts:
-                raise DataError(f"shard {path}, sample '{stored.key}': holds no {LABELS}; see `scinet data validate`")
+                raise DataError(
+                    f"shard {path}, sample '{printable(stored.key)}': holds no {LABELS}; see `scinet data validate`"
+                )
             try:
                 yield parse_labels(stored.parts[LABELS])
             except ValueError as error:
-                raise DataError(f"shard {path}, sample '{stored.key}': its labels are {error}") from error
+                raise DataError(
+                    f"shard {path}, sample '{printable(stored.key)}': its labels are not usable: {error}"
+                ) from error
             found += 1
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DataError(f"shard {path} is damaged after sample {found} of {num_samples}: {error}") from error
@@ -110,11 +115,11 @@ def split_labels(card: DataCard, split: str, progress: Callable[[int, int], None
     total, done = card.split(split).num_samples, 0
     for shard in card.split(split).shards:
         for labels in labels_of(card.directory / shard.file, shard.num_samples):
-            outside = [c for c in (*labels.positives, *labels.negatives) if not 0 <= c < card.num_classes]
-            if outside:
-                raise DataError(
-                    f"shard {shard.file}, sample '{labels.sample_id}': class {outside[0]} of {card.num_classes}"
-                )
+            try:
+                check_range(labels, card.num_classes, card.num_indices)
+            except ValueError as error:
+                where = f"shard {shard.file}, sample '{printable(labels.sample_id)}'"
+                raise DataError(f"{where}: its labels are not usable: {error}") from error
             yield labels
         done += shard.num_samples
         progress(done, total)

@@ -8,7 +8,6 @@ skips over samples that have left a lane's window, and decodes nothing before it
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tarfile
@@ -23,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from scinet.data import sources, tars
 from scinet.data.card import DataCard
+from scinet.data.labels import check_range, parse_labels
 from scinet.data.masks import KNOWN_NEGATIVE, KNOWN_POSITIVE
 from scinet.data.order import Order, Part, lane_parts, lane_places
 from scinet.data.tars import IMAGE_EXTENSIONS, Refused
@@ -122,7 +122,7 @@ class SampleStream(IterableDataset[Any]):
         if isinstance(raw, BadSample):
             return raw
         try:
-            sample = _parse(raw, self._card.num_classes)
+            sample = _parse(raw, self._card)
             return sample if self._transform is None else self._transform(sample)
         except DataError as error:
             if self._options.on_bad_sample is OnBadSample.stop:
@@ -261,7 +261,7 @@ def _read_part(
         yield part.first + number - part.start, BadSample(f"sample {number} of {failure}")
 
 
-def _parse(sample: dict[str, Any], num_classes: int) -> StoredSample:
+def _parse(sample: dict[str, Any], card: DataCard) -> StoredSample:
     where = f"shard {sample['__url__']}, sample '{printable(sample['__key__'])}'"
     for extension, content in sample.items():
         if isinstance(content, Refused) and extension in (*IMAGE_EXTENSIONS, "json"):
@@ -271,24 +271,9 @@ def _parse(sample: dict[str, Any], num_classes: int) -> StoredSample:
         found = printable(", ".join(sorted(key for key in sample if not key.startswith("__"))))
         raise DataError(f"{where}: holds {found or 'nothing'}, expected json and one of {', '.join(IMAGE_EXTENSIONS)}")
     try:
-        labels = json.loads(sample["json"])
-        positives, negatives = (_places(labels[key], num_classes) for key in ("positives", "negatives"))
-        return StoredSample(str(labels["id"]), _index(labels["index"]), image, positives, negatives, num_classes, where)
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"{where}: its labels are not those of {num_classes} classes: {printable(str(error))}"
-        ) from error
-
-
-def _places(labels: Any, num_classes: int) -> npt.NDArray[np.int32]:
-    places = np.array(labels, dtype=np.int64).reshape(-1)
-    if places.size and not 0 <= places.min() <= places.max() < num_classes:
-        raise IndexError(f"class {places.min() if places.min() < 0 else places.max()}")
-    return places.astype(np.int32)
-
-
-def _index(value: Any) -> int:
-    index = int(value)
-    if not 0 <= index < 2**63:
-        raise ValueError(f"index {index}")
-    return index
+        labels = parse_labels(sample["json"])
+        check_range(labels, card.num_classes, card.num_indices)
+    except ValueError as error:
+        raise DataError(f"{where}: its labels are not usable: {printable(str(error))}") from error
+    positives, negatives = (np.array(places, dtype=np.int32) for places in (labels.positives, labels.negatives))
+    return StoredSample(labels.sample_id, labels.index, image, positives, negatives, card.num_classes, where)

@@ -38,7 +38,7 @@ class ShardTask:
     path: Path
     shard: Shard
     num_classes: int
-    num_samples: int  # of the whole data set
+    num_indices: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def validate(directory: Path, *, jobs: int, progress: Callable[[str, int, int], 
     findings = Findings()
     usable = _usable_shards(card, findings)
     total = sum(split.num_samples for split in card.splits.values())
-    tasks = [ShardTask(directory / shard.file, shard, card.num_classes, total) for _, shard in usable]
+    tasks = [ShardTask(directory / shard.file, shard, card.num_classes, card.num_indices) for _, shard in usable]
     counted = {split: np.zeros((2, card.num_classes), dtype=np.int64) for split in card.splits}
     reports: list[ShardReport] = []
     done = 0
@@ -184,8 +184,8 @@ def _check_labels(labels: Labels, where: str, task: ShardTask, findings: Finding
         findings.add("class-both", f"{where}: class {min(positives & negatives)}")
     if len(positives) < len(labels.positives) or len(negatives) < len(labels.negatives):
         findings.add("class-repeated", where)
-    if not 0 <= labels.index < task.num_samples:
-        findings.add("index-range", f"{where}: {labels.index} of {task.num_samples}")
+    if not 0 <= labels.index < task.num_indices:
+        findings.add("index-range", f"{where}: {labels.index} of {task.num_indices}")
     if not positives:
         findings.add("row-without-positive" if negatives else "row-empty", where)
 

@@ -50,7 +50,7 @@ def _without_files() -> Iterator[None]:
 
 def _card(sizes: Sequence[int]) -> DataCard:
     shards = tuple(Shard(f"{n}.tar", size, 0, "") for n, size in enumerate(sizes))
-    return DataCard("any", ("a",), {"train": Split(sum(sizes), (0,), (0,), shards)}, {}, Path(), "")
+    return DataCard("any", ("a",), {"train": Split(sum(sizes), (0,), (0,), shards)}, {}, Path(), "", sum(sizes))
 
 
 def _ids(card: DataCard, order: Order, rank: int = 0, world_size: int = 1, workers: int = 1) -> list[str]:

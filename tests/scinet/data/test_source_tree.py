@@ -194,7 +194,7 @@ def test_lines_are_read_when_the_text_is_compressed_or_has_a_mark(root: Path) ->
         assert list(tree.lines(tree.require("a list", name))) == ["one", "two", "", "three"]
 
 
-@pytest.mark.parametrize("content", [b"\xe9\n", gzip.compress(b"a\n" * 999)[:-9]])
+@pytest.mark.parametrize("content", [b"\xe9\n", gzip.compress(b"a\n" * 999)[:-9]], ids=["latin-1", "cut-off"])
 def test_text_is_named_when_it_cannot_be_read(root: Path, content: bytes) -> None:
     name = "a.csv.gz" if content.startswith(b"\x1f\x8b") else "a.csv"
     (root / name).write_bytes(content)

@@ -134,23 +134,28 @@ def test_sample_is_named_when_a_part_of_it_is_missing(make_shards: MakeShards, m
 
 
 @pytest.mark.parametrize(
-    "labels",
+    ("labels", "reason"),
     [
-        {"id": "a", "index": 0, "positives": [3], "negatives": []},
-        {"id": "a", "index": 0, "positives": [], "negatives": [99]},
-        {"id": "a", "index": 0, "positives": [-1], "negatives": []},
-        {"id": "a", "index": 0, "positives": ["cat"], "negatives": []},
-        {"id": "a", "index": 0, "positives": None, "negatives": []},
-        {"id": "a", "positives": [], "negatives": []},
-        {"id": "a", "index": "x", "positives": [], "negatives": []},
-        {"index": 0, "positives": [], "negatives": []},
-        [],
+        ({"id": "a", "index": 0, "positives": [3], "negatives": []}, "class 3 of 3"),
+        ({"id": "a", "index": 0, "positives": [], "negatives": [99]}, "class 99 of 3"),
+        ({"id": "a", "index": 0, "positives": [-1], "negatives": []}, "class -1 of 3"),
+        ({"id": "a", "index": 0, "positives": [1, 2], "negatives": [0, 2]}, "class 2 is positive and negative at once"),
+        ({"id": "a", "index": 0, "positives": ["cat"], "negatives": []}, "'positives' is no list of whole numbers"),
+        ({"id": "a", "index": 0, "positives": None, "negatives": []}, "'positives' is no list of whole numbers"),
+        ({"id": "a", "index": 0, "positives": [True], "negatives": []}, "'positives' is no list of whole numbers"),
+        ({"id": "a", "positives": [], "negatives": []}, "no 'index'"),
+        ({"id": "a", "index": "x", "positives": [], "negatives": []}, "'index' is no whole number"),
+        ({"id": "a", "index": 1.5, "positives": [], "negatives": []}, "'index' is no whole number"),
+        ({"id": "a", "index": 4, "positives": [], "negatives": []}, "index 4 of 4"),
+        ({"id": "a", "index": -1, "positives": [], "negatives": []}, "index -1 of 4"),
+        ({"index": 0, "positives": [], "negatives": []}, "no 'id'"),
+        ([], "a list, expected an object"),
     ],
 )
-def test_sample_is_named_when_its_labels_do_not_fit(make_shards: MakeShards, labels: Any) -> None:
+def test_sample_is_named_when_its_labels_do_not_fit(make_shards: MakeShards, labels: Any, reason: str) -> None:
     message = _refusal(_rewrite(make_shards, _relabel(labels)))
     assert "'train-0002'" in message
-    assert "3 classes" in message
+    assert message.endswith(f"its labels are not usable: {reason}")
 
 
 def test_sample_is_named_when_its_json_is_none(make_shards: MakeShards) -> None:

@@ -44,12 +44,8 @@ print(seen, *marks.values())
 def _shard(path: Path) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(SHARD_SAMPLES):
-            labels = {
-                "id": str(number),
-                "index": number,
-                "positives": [(number * 31 + k * 797) % NUM_CLASSES for k in range(12)],
-                "negatives": [(number * 17 + k * 97) % NUM_CLASSES for k in range(40)],
-            }
+            classes = [(number * 31 + k * 797) % NUM_CLASSES for k in range(52)]
+            labels = {"id": str(number), "index": number, "positives": classes[:12], "negatives": classes[12:]}
             for extension, content in (("jpg", bytes(3000)), ("json", json.dumps(labels).encode())):
                 info = tarfile.TarInfo(f"{number:06d}.{extension}")
                 info.size = len(content)

@@ -62,7 +62,8 @@ def attack(make_shards: MakeShards) -> Callable[..., DataCard]:
                 tar.addfile(info, io.BytesIO(content))
         split = card.split("train")
         shard = replace(split.shards[0], num_samples=6 + counts)
-        return replace(card, splits={"train": replace(split, num_samples=6 + counts, shards=(shard,))})
+        train = replace(split, num_samples=6 + counts, shards=(shard,))
+        return replace(card, splits={"train": train}, num_indices=10)
 
     return make
 
