@@ -155,9 +155,9 @@ def test_neighbours_equal_the_reference(
     assert_equal(both(leaves, options, workspace_bytes=workspace))
 
 
-@pytest.mark.parametrize("spread", [{"queries"}, {"keys"}, {"values"}, {"queries", "keys", "values"}], ids=str)
+@pytest.mark.parametrize("spread", [("queries",), ("keys",), ("values",), ("queries", "keys", "values")], ids="-".join)
 @pytest.mark.parametrize("is_self", [True, False])
-def test_every_stride_is_its_own(spread: set[str], is_self: bool) -> None:
+def test_every_stride_is_its_own(spread: tuple[str, ...], is_self: bool) -> None:
     leaves = {"queries": rows(0, 40, 7), "values": rows(1, 40, 3), "keys": rows(2, 40, 7)}
     if is_self:
         del leaves["keys"]
