@@ -15,6 +15,8 @@ from scinet.errors import DataError
 IMAGE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Extension of an image in a shard to Pillow's name of its format: the only ones that are written, read and decoded."""
 REENCODED_QUALITY = 95
+# read by Pillow itself: for others, such as EPS, it starts programs, which no collection of strangers' images may do
+_CONVERTIBLE = ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF")
 _EXTENSIONS = {kind: extension for extension, kind in IMAGE_FORMATS.items()}
 # what Pillow's decoders raise on files that were made to break them
 _UNDECODABLE = (
@@ -67,12 +69,12 @@ def storable(content: bytes, what: str, *, reencode: bool) -> tuple[bytes, str]:
     Args:
         content: the file.
         what: begins the sentence, for instance ``image a.gif``.
-        reencode: turn other formats that Pillow reads into JPEG of quality 95; JPEG, PNG and WEBP stay as they are.
+        reencode: turn GIF, BMP, TIFF and the like into JPEG of quality 95; JPEG, PNG and WEBP stay as they are.
 
     Raises:
         BrokenImageError: if it cannot be decoded, or is of another format and ``reencode`` is not set.
     """
-    with opened(content, what) as image:
+    with opened(content, what, (*_EXTENSIONS, *_CONVERTIBLE)) as image:
         kind = format_of(image)
         if kind in _EXTENSIONS:
             # an eighth of the size is enough to meet a damage and saves most of a JPEG's decoding

@@ -224,6 +224,14 @@ def test_other_formats_are_refused_unless_they_may_be_converted(make: Make, imag
     assert stored["im1"] == (images / "01.jpg").read_bytes()
 
 
+@pytest.mark.parametrize("reencode", [False, True])
+def test_no_program_is_started_for_an_image(make: Make, images: Path, reencode: bool) -> None:
+    # Pillow hands an EPS to Ghostscript
+    Image.new("RGB", (9, 7), "red").save(images / "02.jpg", "EPS")
+    with pytest.raises(DataError, match=r"02.jpg cannot be decoded \(\d+ bytes\): no image format"):
+        make(reencode=reencode)
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 300])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 def test_jpegs_of_any_size_and_mode_are_kept(make: Make, images: Path, size: int, mode: str) -> None:
