@@ -21,6 +21,7 @@ from scinet.data import card as data_card
 from scinet.data.batch import Share
 from scinet.data.card import DataCard, Missing, Shard, Split
 from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
+from scinet.data.loading import num_waiting
 from scinet.data.views import VIEW_NAMES
 from scinet.errors import ConfigError
 from scinet.fusion.confidence import Fusion
@@ -32,7 +33,6 @@ from scinet.texttable import table
 _ID_LENGTH = 16
 # a sample in the window: its dict, its keys and the headers of its bytes objects, as tracemalloc counts them
 _SAMPLE_OVERHEAD = 700
-_PREFETCHED = 2  # torch's default prefetch_factor: samples that wait for each loader process
 _FLOAT = 4
 
 
@@ -166,8 +166,8 @@ def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:
     stored = data.image_bytes + label_bytes(data) + _SAMPLE_OVERHEAD
     share = Share(0, ranks, options.train.global_batch_size, options.train.accumulation_steps)
     num_views = len(VIEW_NAMES) if options.method is Method.scinet else 1
-    example = num_views * 3 * options.model.image_size**2 * _FLOAT + 2 * data.num_classes
-    waiting = options.data.workers * _PREFETCHED
+    pixels = num_views * 3 * options.model.image_size**2
+    waiting = num_waiting(options.data.workers, share.micro_batch_size)
     return [
         Need(
             f"shuffle windows: {open_lanes} lanes x {window} encoded images",
@@ -176,7 +176,8 @@ def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:
         ),
         Need(
             f"batches: {share.micro_batch_size} samples x {num_views} views, twice, and {waiting} that wait",
-            (2 * share.micro_batch_size + waiting) * example,
+            # those that wait are bytes, not normalised
+            2 * share.micro_batch_size * (pixels * _FLOAT + 2 * data.num_classes) + waiting * pixels,
             "train.global_batch_size, train.accumulation_steps, model.image_size",
         ),
     ]

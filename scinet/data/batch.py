@@ -6,22 +6,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from scinet.data import mask_file
 from scinet.data.buffers import Buffers
 from scinet.data.card import DataCard
-from scinet.data.masks import derive, observe
-from scinet.data.stream import BadSamples, Order, SampleStream, StoredSample
-from scinet.data.views import SHARD_FORMATS, Drawn, Views, decode
-from scinet.errors import ConfigError, DataError
+from scinet.data.examples import Cells, Decoder, Example, Mask
+from scinet.data.loading import loaded
+from scinet.data.masks import derive
+from scinet.data.stream import BadSamples, Order, SampleStream
+from scinet.data.views import Views
+from scinet.errors import ConfigError
 from scinet.options import DataOptions, OnBadSample
 
 _log = logging.getLogger(__name__)
@@ -126,66 +124,6 @@ class Share:
         return min(num_samples, self.steps(num_samples) * self.global_batch_size)
 
 
-class Mask:
-    """The label mask of a run, applied to one sample at a time."""
-
-    def __init__(self, options: DataOptions) -> None:
-        """Take the known ratio and the mask seed, or the file."""
-        self._options = options
-        self._table = mask_file.load(Path(options.mask_file)) if options.mask_file else None
-
-    def __call__(self, truth: npt.NDArray[np.int8], sample_id: str) -> npt.NDArray[np.int8]:
-        """Return observed [C] int8 from truth [C] int8."""
-        options = self._options
-        if self._table is not None:
-            return self._table.observe(sample_id)
-        return observe(
-            truth,
-            sample_id,
-            known_ratio=options.known_ratio,
-            seed=options.mask_seed,
-            single_positive=options.single_positive,
-        )
-
-
-@dataclass(frozen=True)
-class _Example:
-    """A decoded sample; labels are the places and signs [P] of its known and of its observed cells, int32 and int8."""
-
-    drawn: Drawn
-    known: _Cells
-    observed: _Cells
-    index: int
-    sample_id: str
-
-
-_Cells = tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """Sample to views; a class rather than a closure so that loader processes can receive it."""
-
-    views: Views
-    view_names: tuple[str, ...]
-    mask: Mask
-    seed: int
-    epoch: int
-
-    def __call__(self, sample: StoredSample) -> _Example:
-        enough = self.views.enough_pixels
-        image = decode(sample.image, sample.where, formats=SHARD_FORMATS, enough_pixels=enough)
-        drawn = self.views.draw(image, self.view_names, seed=self.seed, epoch=self.epoch, sample_id=sample.sample_id)
-        truth = sample.truth
-        observed = self.mask(truth, sample.sample_id)
-        return _Example(drawn, _sparse(truth), _sparse(observed), sample.index, sample.sample_id)
-
-
-def _sparse(labels: npt.NDArray[np.int8]) -> _Cells:
-    places = np.flatnonzero(labels).astype(np.int32)
-    return places, labels[places]
-
-
 class ImageBatches:
     """Batches from the shards, decoded and augmented on the fly."""
 
@@ -208,7 +146,7 @@ class ImageBatches:
         options, share = self._options, self._share
         length, start = share.length(self.num_samples), start_step * share.global_batch_size
         order = Order(self._seed, epoch, options.lanes, options.shuffle_window, length, start)
-        decoder = _Decoder(self._views, self._view_names, self._mask, self._seed, epoch)
+        decoder = Decoder(self._views, self._view_names, self._mask, self._seed, epoch)
         stream = SampleStream(
             self._card,
             "train",
@@ -218,13 +156,13 @@ class ImageBatches:
             transform=decoder,
             options=options,
         )
-        loader = DataLoader(stream, batch_size=None, num_workers=options.workers)
+        items = loaded(stream, workers=options.workers, batch_size=share.micro_batch_size)
         rows = (self.steps_per_epoch - start_step) * share.global_batch_size // share.world_size
-        examples = chain(map(self._bad.checked, _loaded(loader)), repeat(None))
+        examples = chain(map(self._bad.checked, items), repeat(None))
         for _ in range(rows // share.micro_batch_size):
             yield self._collate(list(islice(examples, share.micro_batch_size)))
 
-    def _collate(self, examples: list[_Example | None]) -> Batch:
+    def _collate(self, examples: list[Example | None]) -> Batch:
         num_views, side = len(self._view_names), self._views.image_size
         inputs = self._buffers.take(num_views, len(examples), 3, side, side)
         for place, example in enumerate(examples):
@@ -242,22 +180,7 @@ class ImageBatches:
         )
 
 
-def _loaded(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yield what a loader gives, and say it in a sentence if one of its processes is killed."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        # torch names the signal or only says "unexpectedly", whichever of its two watchers comes first
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise DataError(
-            f"a loader process ended before its samples: {reason}; if memory ran out, lower data.workers or "
-            "data.shuffle_window"
-        ) from error
-
-
-def _dense(rows: list[_Cells | None], num_classes: int) -> Tensor:
+def _dense(rows: list[Cells | None], num_classes: int) -> Tensor:
     labels = np.zeros((len(rows), num_classes), dtype=np.int8)
     for row, cells in zip(labels, rows, strict=True):
         if cells is not None:

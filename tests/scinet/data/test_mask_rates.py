@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from scinet.data.batch import Mask
+from scinet.data.examples import Mask
 from scinet.data.mask_rates import MaskSurvey, from_ratio, wilson
 from scinet.data.stream import Order, SampleStream
 from scinet.options import DataOptions

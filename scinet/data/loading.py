@@ -1,0 +1,103 @@
+"""Examples out of loader processes, in the stream's order and some batches ahead of the model.
+
+A process hands over several examples in one parcel with one tensor, since torch opens a file and a socket for every
+tensor that it moves between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from scinet.data.examples import Example
+from scinet.data.views import Drawn
+from scinet.errors import DataError
+
+_BATCHES_AHEAD = 2
+_LARGEST_PARCEL = 8
+
+
+class _Parcel(NamedTuple):
+    """The pixels [K, V, S, S, 3] uint8 of K examples, and all items in order, examples without their pixels."""
+
+    pixels: Tensor
+    items: list[Any]
+
+
+class _Rest(NamedTuple):
+    """An example without its pixels."""
+
+    cutouts: Any
+    others: tuple[Any, ...]
+
+
+def loaded(stream: IterableDataset[Any], *, workers: int, batch_size: int) -> Iterator[Any]:
+    """Yield what a stream gives, :class:`Example` or anything else, read by ``workers`` processes or by this one.
+
+    Args:
+        stream: gives worker w of W the items w, w + W, ... .
+        workers: processes.
+        batch_size: items that the caller takes between two steps; about twice as many are read ahead.
+
+    Raises:
+        DataError: if one of the processes is killed.
+    """
+    if not workers:
+        yield from stream
+        return
+    size, ahead = _parcels(workers, batch_size)
+    parcels = DataLoader(stream, batch_size=size, collate_fn=_packed, num_workers=workers, prefetch_factor=ahead)
+    for turn in _turns(parcels, workers):
+        for items in zip_longest(*map(_unpacked, turn)):
+            yield from (item for item in items if item is not None)
+
+
+def num_waiting(workers: int, batch_size: int) -> int:
+    """Return how many examples may wait to be taken; see :func:`loaded`."""
+    size, ahead = _parcels(workers, batch_size)
+    return workers * size * ahead
+
+
+def _parcels(workers: int, batch_size: int) -> tuple[int, int]:
+    """Return the examples of a parcel, and the parcels that each process may be ahead."""
+    size = min(_LARGEST_PARCEL, batch_size)
+    return size, max(2, -(-_BATCHES_AHEAD * batch_size // (size * max(workers, 1))))
+
+
+def _turns(parcels: DataLoader[Any], workers: int) -> Iterator[list[_Parcel]]:
+    """Yield one parcel of each process; in the last turn those whose items are over have none."""
+    coming = iter(parcels)
+    try:
+        while turn := list(islice(coming, workers)):
+            yield turn
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        # torch names the signal or only says "unexpectedly", whichever of its two watchers comes first
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(
+            f"a loader process ended before its samples: {reason}; if memory ran out, lower data.workers or "
+            "data.shuffle_window"
+        ) from error
+
+
+def _packed(items: list[Any]) -> _Parcel:
+    pixels = [item.drawn.pixels for item in items if isinstance(item, Example)]
+    rest = [
+        _Rest(item.drawn.cutouts, (item.known, item.observed, item.index, item.sample_id))
+        if isinstance(item, Example)
+        else item
+        for item in items
+    ]
+    return _Parcel(torch.stack(pixels) if pixels else torch.empty(0), rest)
+
+
+def _unpacked(parcel: _Parcel) -> Iterator[Any]:
+    pixels = iter(parcel.pixels)
+    for item in parcel.items:
+        yield Example(Drawn(next(pixels), item.cutouts), *item.others) if isinstance(item, _Rest) else item
