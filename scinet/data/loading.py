@@ -19,7 +19,9 @@ from scinet.data.views import Drawn
 from scinet.errors import DataError
 
 _BATCHES_AHEAD = 2
-_LARGEST_PARCEL = 8
+_PARCEL = 8
+# each holds an open file until it is taken, and a process may have 1,024
+_MOST_PARCELS_AHEAD = 16
 
 
 class _Parcel(NamedTuple):
@@ -65,8 +67,9 @@ def num_waiting(workers: int, batch_size: int) -> int:
 
 def _parcels(workers: int, batch_size: int) -> tuple[int, int]:
     """Return the examples of a parcel, and the parcels that each process may be ahead."""
-    size = min(_LARGEST_PARCEL, batch_size)
-    return size, max(2, -(-_BATCHES_AHEAD * batch_size // (size * max(workers, 1))))
+    ahead = -(-_BATCHES_AHEAD * batch_size // max(workers, 1))
+    size = max(min(_PARCEL, batch_size), -(-ahead // _MOST_PARCELS_AHEAD))
+    return size, max(2, -(-ahead // size))
 
 
 def _turns(parcels: DataLoader[Any], workers: int) -> Iterator[list[_Parcel]]:

@@ -56,17 +56,17 @@ def test_items_come_in_the_streams_order_whatever_carries_them(workers: int, bat
         assert [part.tolist() for part in (*item.known, *item.observed)] == [[item.index], [1]] * 2
 
 
-@pytest.mark.parametrize(("workers", "batch_size"), [(1, 64), (2, 64), (3, 5)])
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 64), (2, 64), (3, 5), (2, 1000)])
 def test_two_batches_are_read_ahead_while_the_model_computes(workers: int, batch_size: int) -> None:
     taken = multiprocessing.Value("i", 0)
     items = loaded(_Numbers(10_000, taken), workers=workers, batch_size=batch_size)
     next(items)
     waiting = num_waiting(workers, batch_size)
-    assert waiting >= 2 * batch_size
+    assert 2 * batch_size <= waiting <= 2 * batch_size + 16 * workers
     deadline = time.monotonic() + 60
     while taken.value < waiting and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
     # those of the first turn were handed over, so as many more were asked for
-    assert waiting <= taken.value <= waiting + 8 * workers
+    assert waiting <= taken.value <= waiting * 2
     items.close()  # type: ignore[attr-defined]
