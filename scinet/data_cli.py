@@ -169,6 +169,9 @@ def build_csv(
     name: Annotated[str, typer.Option(help="Name of the data set.", show_default="that of the folder")] = "",
     classes: Annotated[Path | None, typer.Option(help="Class names, one a line, that the columns must match.")] = None,
     list_column: Annotated[str | None, typer.Option(help="The column of names between ; or |.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="What stands between the names of --list-column.", show_default="; or |")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="The code that means absent, where it is ambiguous.")] = None,
     unknown: Annotated[str | None, typer.Option(help="The code that means not annotated.")] = None,
     test: Annotated[int, typer.Option(help="Images of the test split, the last after shuffling.")] = 0,
@@ -180,8 +183,9 @@ def build_csv(
     unlisted.
     """
     from scinet.data.formats import table
+    from scinet.data.formats.table_rows import TableOptions
 
-    options = table.TableOptions(labels, images, classes, negative, unknown, test, shuffle_seed, list_column)
+    options = TableOptions(labels, images, classes, negative, unknown, test, shuffle_seed, list_column, separator)
     return lambda scratch, skip: table.collection(options, name)
 
 
@@ -196,8 +200,9 @@ def build_jsonl(
 ) -> Collect:
     """Read labels as lists of names: scinet data build jsonl --labels labels.jsonl --images DIR --out DIR."""
     from scinet.data.formats import table
+    from scinet.data.formats.table_rows import TableOptions
 
-    options = table.TableOptions(labels, images, classes, None, None, test, shuffle_seed)
+    options = TableOptions(labels, images, classes, None, None, test, shuffle_seed, is_jsonl=True)
     return lambda scratch, skip: table.collection(options, name)
 
 
@@ -286,9 +291,10 @@ def _check_share(option: str, value: float) -> None:
 
 def _described(card: DataCard) -> str:
     counts = ", ".join(f"{name} {split.num_samples}" for name, split in card.splits.items())
-    density = card.splits["train"].label_density if "train" in card.splits else 0.0
+    positives = sum(sum(split.num_positives) for split in card.splits.values())
+    labelled = positives + sum(sum(split.num_negatives) for split in card.splits.values())
     without = f"; {card.missing.count} were left out: {card.missing.file} lists them" if card.missing.count else ""
     return (
         f"{card.directory}: {card.num_classes} classes; {counts} images; "
-        f"{density:.1%} of the labels are positive{without}"
+        f"{positives / max(labelled, 1):.1%} of the labels are positive{without}"
     )

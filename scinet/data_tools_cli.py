@@ -27,7 +27,9 @@ def register(data_app: typer.Typer) -> None:
 def validate(
     directory: Folder,
     json_: AsJson = False,
-    jobs: Annotated[int, typer.Option(min=0, max=256, help="Processes that read shards; 0: one a core.")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Processes that read shards.", show_default="the cores")
+    ] = None,
 ) -> None:
     """Read every shard, label and image and list all that is wrong: scinet data validate data/scenes."""
     from scinet.data import validate as validating

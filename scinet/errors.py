@@ -39,7 +39,7 @@ class TrainingError(ScinetError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known spelling nearest to ``word``, or an empty string."""
-    candidates = list(known)
+    candidates = [candidate for candidate in known if candidate != word]
     match = [same for same in candidates if same.lower() == word.lower()][:1]
     match = match or difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
     if not match:

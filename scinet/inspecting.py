@@ -41,10 +41,7 @@ def _lines(card: DataCard) -> Iterator[str]:
     never = sum(row.positives == 0 for row in rows)
     if never:
         yield f"classes without a positive: {never}"
-    source = described(card.source)
-    if not any("missing" in what for what, _ in source):
-        source.append(("missing", "none recorded"))
-    for what, value in source:
+    for what, value in described(card):
         yield printable(f"{what}: {value}", limit=_LONGEST_LINE)
 
 

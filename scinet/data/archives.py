@@ -25,7 +25,7 @@ _PACKINGS = ("", "stored", "deflated", "encrypted", "packed in a way that is not
 
 
 class Archive:
-    """The index of one archive: 33 bytes a member, so that an archive of millions of images fits."""
+    """The index of one archive: 37 bytes a member, so that an archive of millions of images fits."""
 
     def __init__(self, path: Path) -> None:
         """Read the table of contents.
@@ -34,8 +34,9 @@ class Archive:
             DataError: if it is no archive, or a damaged one.
         """
         self.path = path
-        self._columns = [array.array(code) for code in "QqqqB"]
+        self._columns = [array.array(code) for code in "QqqqBI"]
         try:
+            self._changed = path.stat().st_mtime_ns
             if zipfile.is_zipfile(path):
                 self._index_zip()
             else:
@@ -57,13 +58,13 @@ class Archive:
                     continue
                 packing = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 2}.get(info.compress_type, 4)
                 packing = 3 if info.flag_bits & 1 else packing
-                self._add(info.filename, info.header_offset, info.compress_size, info.file_size, packing)
+                self._add(info.filename, info.header_offset, info.compress_size, info.file_size, packing, info.CRC)
 
     def _index_tar(self) -> None:
         with tarfile.open(self.path, "r:") as archive:
             for info in archive:
                 if info.isreg() and not info.issparse():
-                    self._add(info.name, info.offset_data, info.size, info.size, 0)
+                    self._add(info.name, info.offset_data, info.size, info.size, 0, 0)
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         length = self.path.stat().st_size
         ends = np.array(self._columns[1]) + np.array(self._columns[2])
@@ -83,8 +84,8 @@ class Archive:
         place = int(np.searchsorted(self._sorted, np.uint64(text_key(member)), side="right")) - 1
         if place < 0 or int(self._sorted[place]) != text_key(member):
             return None
-        offset, stored, size, packing = (column[self._order[place]] for column in self._columns[1:])
-        return ImageSource(str(self.path), member, offset, stored, size, _PACKINGS[packing])
+        offset, stored, size, packing, crc = (column[self._order[place]] for column in self._columns[1:])
+        return ImageSource(str(self.path), member, offset, stored, size, _PACKINGS[packing], self._changed, crc)
 
 
 def _plain(name: str) -> str:
@@ -108,7 +109,7 @@ class _Member(io.RawIOBase):
                 raise BrokenImageError(f"{source} has no header where the archive's table of contents says")
             self._file.seek(sum(_ZIP_HEADER.unpack(header)[1:]), io.SEEK_CUR)
         self._inflate = zlib.decompressobj(-15) if source.packing == "deflated" else None
-        self._stored_left, self._left = source.stored, source.size
+        self._stored_left, self._left, self._crc = source.stored, source.size, 0
 
     def readable(self) -> bool:
         return True
@@ -123,6 +124,9 @@ class _Member(io.RawIOBase):
             raise BrokenImageError(f"{self._source} ends {self._left} bytes early: the archive is damaged")
         view[: len(content)] = content
         self._left -= len(content)
+        self._crc = zlib.crc32(content, self._crc)
+        if self._source.packing and not self._left and self._crc != self._source.crc:
+            raise BrokenImageError(f"{self._source} is damaged: its checksum is not the one in the archive")
         return len(content)
 
     def _read_stored(self, wanted: int) -> bytes:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scinet.data import card
+from scinet.data.images import BrokenImageError
 from scinet.data.plan import MISSING_NAME, Plan, make_plan
 from scinet.data.records import Collection, Progress
 from scinet.data.shards import ShardTask, read_report, write_shard
@@ -63,6 +65,7 @@ def build(collect: Callable[[Path], Collection], out: Path, options: BuildOption
     """
     with Workshop.open(out, restart=options.restart) as workshop, _told(workshop):
         collection = collect(workshop.scratch)
+        _check_classes(collection.class_names)
         holdout = collection.holdout if options.holdout is None else options.holdout
         workshop.claim(
             {
@@ -70,7 +73,6 @@ def build(collect: Callable[[Path], Collection], out: Path, options: BuildOption
                 "options": collection.source.get("options"),
                 "holdout": holdout,
                 "shard_samples": options.shard_samples,
-                "reencode": options.reencode,
             }
         )
         plan = make_plan(
@@ -94,6 +96,8 @@ def _told(workshop: Workshop) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise BuildInterrupted(f"interrupted; {workshop.what_is_left()}") from error
+    except BrokenImageError as error:
+        raise DataError(f"{error}, or leave it out with `--missing skip`; {workshop.what_is_left()}") from error
     except BrokenProcessPool as error:
         raise DataError(
             f"a process that wrote shards died, perhaps for want of memory (fewer --jobs need less); "
@@ -104,13 +108,26 @@ def _told(workshop: Workshop) -> Iterator[None]:
         raise DataError(f"writing {workshop.out} failed: {reason}; {workshop.what_is_left()}") from error
 
 
+def _check_classes(names: list[str]) -> None:
+    if not names:
+        raise DataError("the source names no class: nothing was written")
+    for number, name in enumerate(names):
+        if not name.strip():
+            raise DataError(f"class {number} has no name")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise DataError(f"class name {name!a} holds half a character: it is no Unicode text")
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise DataError(f"two classes are called '{repeated[0]}'")
+
+
 def _check_missing(plan: Plan, workshop: Workshop, *, skip_missing: bool) -> None:
     if not plan.num_missing:
         return
     names = ", ".join(plan.first_missing) + (", ..." if plan.num_missing > len(plan.first_missing) else "")
     count = f"{plan.num_missing} of {plan.num_records} images are missing ({names})"
     if not plan.num_indices:
-        raise DataError(f"all {count.partition(' of ')[2]}: is --source the right folder?")
+        raise DataError(f"all {count.partition(' of ')[2]}: is it the right folder?")
     if not skip_missing:
         workshop.keep()
         raise DataError(
@@ -150,12 +167,16 @@ def _write_shards(
 
 
 def _is_finished(task: ShardTask) -> bool:
-    """Tell whether an earlier build has written a shard as this one would."""
+    """Tell whether an earlier build has written a shard as this one would.
+
+    How images are converted, and whether broken ones are left out, may differ where the shard has neither.
+    """
     report = read_report(task.sidecar)
     path = task.directory / task.file
     if report is None or report.plan_digest != task.digest or not path.is_file():
         return False
-    return path.stat().st_size == report.num_bytes and (task.skip_broken or not report.broken)
+    is_alike = report.reencode == task.reencode or not (report.broken or report.num_reencoded)
+    return path.stat().st_size == report.num_bytes and is_alike and (task.skip_broken or not report.broken)
 
 
 def _run(tasks: list[ShardTask], jobs: int) -> Iterator[str]:

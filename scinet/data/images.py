@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -50,8 +51,11 @@ def opened(content: bytes, what: str, formats: tuple[str, ...] | None = None) ->
         BrokenImageError: if the bytes are no image or it cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=formats) as image:
-            yield image
+        with warnings.catch_warnings():
+            # an image between the size that Pillow warns about and twice as much, which it refuses, is used
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=formats) as image:
+                yield image
     except _UNDECODABLE as error:
         # Pillow's own words would show the address of a buffer
         reason = "no image format" if isinstance(error, UnidentifiedImageError) else error

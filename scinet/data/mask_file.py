@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scinet.data.card import DataCard
-from scinet.data.formats.table import meanings
+from scinet.data.formats.table_csv import meanings
 from scinet.data.labels import parse_labels
 from scinet.data.masks import KNOWN_NEGATIVE, KNOWN_POSITIVE, UNKNOWN, text_key
 from scinet.data.members import split_labels

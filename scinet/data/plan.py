@@ -10,7 +10,6 @@ import array
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +23,7 @@ from scinet.errors import DataError
 
 MISSING_NAME = "missing.txt"
 _NUM_NAMED = 3
+_ESCAPES = {ord(mark): ascii(mark)[1:-1] for mark in "\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 _RECORDS_BETWEEN_REPORTS = 1000
 
 
@@ -145,7 +145,7 @@ def make_plan(collection: Collection, folder: Path, *, holdout: float, shard_sam
 
 def missing_line(sample_id: str, where: str, reason: str) -> str:
     """Return a line of ``missing.txt``: id, where the image should be, why it is not there."""
-    return "\t".join(" ".join(part.split()) for part in (sample_id, where, reason)) + "\n"
+    return "\t".join(part.translate(_ESCAPES) for part in (sample_id, where, reason)) + "\n"
 
 
 def _key(sample_id: str) -> int:
@@ -173,13 +173,11 @@ def _check_unique(keys: array.array[int], collection: Collection) -> None:
     suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     if not suspects:
         return
-    seen: set[str] = set()
-    for sample_id in _ids(collection):
-        if text_key(sample_id) in suspects:
-            if sample_id in seen:
-                raise DataError(f"sample id '{sample_id}' occurs twice; ids must be unique")
-            seen.add(sample_id)
-
-
-def _ids(collection: Collection) -> Iterator[str]:
-    return (record.sample_id for record in collection.records())
+    seen: dict[str, str] = {}
+    for record in collection.records():
+        if text_key(record.sample_id) in suspects:
+            place = f"{record.split}: {record.image or record.expected}"
+            if record.sample_id in seen:
+                both = f"{seen[record.sample_id]}; {place}"
+                raise DataError(f"sample id '{record.sample_id}' occurs twice ({both}); ids must be unique")
+            seen[record.sample_id] = place

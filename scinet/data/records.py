@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ class ImageSource(NamedTuple):
         size: bytes of the file itself.
         packing: empty where the bytes lie as they are, else how a zip holds them: ``stored``, ``deflated``, or the name
             of something that cannot be read.
+        changed: when ``path`` was last changed, nanoseconds; what a build has made of another state is made again.
+        crc: of the file itself, where a zip tells it.
     """
 
     path: str
@@ -31,10 +34,17 @@ class ImageSource(NamedTuple):
     stored: int = 0
     size: int = 0
     packing: str = ""
+    changed: int = 0
+    crc: int = 0
 
     def __str__(self) -> str:
         """Return the words by which a user knows it."""
         return f"{self.path}: {self.member}" if self.member else self.path
+
+
+def file_source(path: str, status: os.stat_result) -> ImageSource:
+    """Return a file of its own as a source."""
+    return ImageSource(path, "", 0, status.st_size, status.st_size, "", status.st_mtime_ns)
 
 
 class Record(NamedTuple):
@@ -87,6 +97,8 @@ def check_folder(path: Path, what: str) -> None:
     Raises:
         ConfigError: naming it and the nearest spelling.
     """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{what} {path} is a file, expected a folder")
     if not path.is_dir():
         beside = [str(found) for found in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ConfigError(f"{what} {path} does not exist{nearest(str(path), beside)}")

@@ -50,7 +50,10 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a shard holds; ``broken`` lists (sample id, where, reason) of the images left out."""
+    """What a shard holds; ``broken`` lists (sample id, where, reason) of the images left out.
+
+    ``reencode`` is what the task allowed, ``num_reencoded`` how many images were of another format.
+    """
 
     file: str
     plan_digest: str
@@ -62,6 +65,8 @@ class ShardReport:
     pair_codes: list[int]
     pair_counts: list[int]
     broken: list[tuple[str, str, str]]
+    reencode: bool
+    num_reencoded: int
 
 
 def write_shard(task: ShardTask) -> str:
@@ -74,7 +79,7 @@ def write_shard(task: ShardTask) -> str:
     """
     positive_counts: Counter[int] = Counter()
     negative_counts: Counter[int] = Counter()
-    pairs, num_samples = PairCounter(task.num_classes), 0
+    pairs, num_samples, num_reencoded = PairCounter(task.num_classes), 0, 0
     broken: list[tuple[str, str, str]] = []
     target = task.directory / task.file
     temporary = target.with_name(f".{task.file}.{os.getpid()}.part")
@@ -83,12 +88,14 @@ def write_shard(task: ShardTask) -> str:
             with tarfile.open(fileobj=file, mode="w") as tar:
                 for sample_id, index, source, positives, negatives in _planned(task):
                     try:
-                        content, extension = storable(task.load(source), f"image {source}", reencode=task.reencode)
+                        found = task.load(source)
+                        content, extension = storable(found, f"image {source}", reencode=task.reencode)
                     except BrokenImageError as error:
                         if not task.skip_broken:
                             raise
                         broken.append((sample_id, str(source), str(error)))
                         continue
+                    num_reencoded += content is not found
                     labels = {"id": sample_id, "index": index, "positives": positives, "negatives": negatives}
                     key = quote(sample_id, safe="").replace(".", "%2E")
                     parts = {extension: content, "json": json.dumps(labels, ensure_ascii=False).encode()}
@@ -116,6 +123,8 @@ def write_shard(task: ShardTask) -> str:
         pair_codes=pairs.pairs()[0],
         pair_counts=pairs.pairs()[1],
         broken=broken,
+        reencode=task.reencode,
+        num_reencoded=num_reencoded,
     )
     write_json(task.sidecar, vars(report))
     return task.file
@@ -138,15 +147,15 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def read_report(path: Path) -> ShardReport | None:
-    """Return the sidecar of a finished shard, None if there is none."""
+    """Return the sidecar of a finished shard, None if there is none or it is damaged."""
     try:
         tree = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        for key in ("positives", "negatives"):
+            tree[key] = {int(label): count for label, count in tree[key].items()}
+        tree["broken"] = [tuple(entry) for entry in tree["broken"]]
+        return ShardReport(**tree)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    for key in ("positives", "negatives"):
-        tree[key] = {int(label): count for label, count in tree[key].items()}
-    tree["broken"] = [tuple(entry) for entry in tree["broken"]]
-    return ShardReport(**tree)
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:

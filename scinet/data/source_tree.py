@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scinet.data.archives import Archive, open_member
-from scinet.data.records import ImageSource, check_folder
+from scinet.data.records import ImageSource, check_folder, file_source
 from scinet.errors import DataError, nearest
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -69,7 +69,7 @@ class SourceTree:
             except (OSError, ValueError):
                 continue
             if stat.S_ISREG(status.st_mode):
-                return ImageSource(str(path), "", 0, status.st_size, status.st_size)
+                return file_source(str(path), status)
         for archive in self.archives:
             for name in names:
                 found = archive.find(name)
@@ -117,7 +117,12 @@ class SourceTree:
         return {split: file for split, file in found.items() if file is not None}
 
     def _hint(self, candidates: tuple[str, ...]) -> str:
-        """Return the nearest name in the deepest folder of a candidate that exists."""
+        """Say where else a candidate lies, or return the nearest name in the deepest folder of one that exists."""
+        beside = [entry for _, entry in zip(range(2000), sorted(self.root.iterdir()), strict=False) if entry.is_dir()]
+        for folder in (self.root.parent, *beside):
+            for name in candidates:
+                if not _climbs(name) and (folder / name).is_file():
+                    return f"; {folder / name} is there: give --source {folder}"
         for name in candidates:
             folder, wanted = (self.root / name).parent, self.root / name
             while folder != self.root and not folder.is_dir():

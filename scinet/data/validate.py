@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from scinet.data import card as data_card
 from scinet.data.card import SPLITS, DataCard, Shard
@@ -193,15 +191,13 @@ def _check_labels(labels: Labels, where: str, task: ShardTask, findings: Finding
 def _image_hash(content: bytes, extension: str, where: str, findings: Findings) -> int:
     """Decode an image in full and return the hash of its pixels, or of its bytes where it cannot be decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with opened(content, where) as image:
-                kind = format_of(image)
-                if kind not in IMAGE_FORMATS.values():
-                    raise DataError(f"{where}: {kind} is none of {', '.join(IMAGE_FORMATS.values())}")
-                if kind != IMAGE_FORMATS[extension]:
-                    findings.add("image-extension", f"{where}.{extension}: {kind}")
-                pixels = image.convert("RGB")
+        with opened(content, where) as image:
+            kind = format_of(image)
+            if kind not in IMAGE_FORMATS.values():
+                raise DataError(f"{where}: {kind} is none of {', '.join(IMAGE_FORMATS.values())}")
+            if kind != IMAGE_FORMATS[extension]:
+                findings.add("image-extension", f"{where}.{extension}: {kind}")
+            pixels = image.convert("RGB")
     except DataError as error:
         findings.add("image-broken", str(error))
         return _hash(content)

@@ -42,7 +42,10 @@ class Workshop:
         Raises:
             ConfigError: if ``out`` holds something, cannot be written, or another process is building it.
         """
-        out = out.absolute()
+        # a link to an empty folder, on a larger disk, leads there
+        out = out.resolve()
+        if out == Path.cwd():
+            raise ConfigError(f"--out is the folder that you are in, {out}: name one below it")
         _check_target(out)
         folder = out.parent / f".{out.name}.building"
         try:
@@ -75,7 +78,7 @@ class Workshop:
         """
         path = self.folder / "options.json"
         options = json.loads(json.dumps(options))
-        begun = json.loads(path.read_bytes()) if path.is_file() else options
+        begun = _read_options(path) if path.is_file() else options
         if begun != options and self._num_finished():
             changed = ", ".join(sorted(key for key in options if options[key] != begun.get(key)))
             raise ConfigError(
@@ -105,7 +108,8 @@ class Workshop:
         """Return the end of a sentence about a build that did not finish."""
         if not self._is_kept:
             return "nothing was left behind"
-        return f"{self._num_finished()} finished shards are kept in {self.folder}: the same command goes on with them"
+        kept, number = f"are kept in {self.folder}: the same command goes on with them", self._num_finished()
+        return f"{number} finished shards {kept}" if number else f"no shard was finished; {self.folder} can be removed"
 
     def finish(self) -> None:
         """Let the target appear."""
@@ -124,8 +128,17 @@ class Workshop:
             shutil.rmtree(part, ignore_errors=True)
 
 
+def _read_options(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        return {}  # damaged: every choice counts as another one
+
+
 def _check_target(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: name a folder with --out")
+    if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} exists and is not empty: name another folder with --out, or remove it")
 
 

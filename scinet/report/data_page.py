@@ -75,7 +75,7 @@ def write_data_page(path: Path, card: DataCard, census: Census, num_samples: int
         cooccurrence=_cooccurrence(card, census),
         num_shown=len(census.shown),
         pictures=list(_pictures(card, num_samples)),
-        source=described(card.source),
+        source=described(card),
     )
     write_page(path, page)
 
@@ -113,12 +113,19 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:,.1f} TiB"
 
 
-def described(source: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def described(card: DataCard) -> list[tuple[str, str]]:
+    """Return what the card says about the source and about missing images, as rows of name and value."""
+    missing = card.missing
+    counted = f"{missing.not_found:,} not found, {missing.broken:,} broken; {missing.file} lists them"
+    return [*_flat(card.source), ("missing images", counted if missing.count else "none")]
+
+
+def _flat(source: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return the card's source as (what, value), nested keys joined by dots, long values cut."""
     rows: list[tuple[str, str]] = []
     for key, value in source.items():
         if isinstance(value, dict):
-            rows += described(value, f"{prefix}{key}.")
+            rows += _flat(value, f"{prefix}{key}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             rows.append((f"{prefix}{key}", text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"))

@@ -136,7 +136,7 @@ def test_inspect_prints_the_card_and_writes_the_page(call: Call, folder: Path, t
     ended = call("inspect", folder, "--out", tmp_path / "page.html", "--samples", 3)
     assert ended.status == 0
     assert ended.out.splitlines()[1].split()[:4] == ["train", "12", "1.00", "50.00%"]
-    for line in ("most frequent: cat 4, dog 4, owl 4", "name: test", "missing: none recorded"):
+    for line in ("most frequent: cat 4, dog 4, owl 4", "name: test", "missing images: none"):
         assert line in ended.out
     assert (tmp_path / "page.html").is_file()
     assert call("inspect", folder / "nowhere").status == 2

@@ -105,17 +105,20 @@ def _read(file: ImageSource) -> _Instances:
                 if key == "categories":
                     instances.categories[int(value["id"])] = str(value["name"])
                 elif key == "images":
+                    if int(value["id"]) in instances.files:
+                        raise DataError(f"{file} lists image {value['id']} twice")
                     instances.files[int(value["id"])] = str(value["file_name"])
                 elif key == "annotations":
                     annotated.setdefault(int(value["image_id"]), set()).add(int(value["category_id"]))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise DataError(f"{file} is no COCO instance file: {type(error).__name__} {error}") from error
+    for what, found in (("category", instances.categories), ("image", instances.files), ("annotation", annotated)):
+        if not found:
+            raise DataError(f"{file} lists no {what}: is it an instances file, and whole?")
     for image_id in instances.files:
         instances.present[image_id] = annotated.pop(image_id, set())
     strange = set().union(*instances.present.values()) - set(instances.categories)
     if annotated or strange:
         what = f"image {min(annotated)}" if annotated else f"category {min(strange)}"
         raise DataError(f"{file} annotates {what}, which it does not list")
-    if not instances.categories:
-        raise DataError(f"{file} lists no category: is it an instances file?")
     return instances

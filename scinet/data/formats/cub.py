@@ -46,9 +46,10 @@ def collection(options: CubOptions, scratch: Path, skip_missing: bool) -> Collec
     is_train = _pairs(tree, _require(tree, "the split", "train_test_split.txt"))
     labels = _require(tree, "the attribute labels", "attributes/image_attribute_labels.txt")
     observed, notes = _read_labels(tree, labels, list(files), list(names), options)
-    unlisted = next((image_id for image_id in files if image_id not in is_train), None)
+    unlisted = next((image_id for image_id in files if is_train.get(image_id) not in ("0", "1")), None)
     if unlisted is not None:
-        raise DataError(f"image {unlisted} of images.txt is not in train_test_split.txt")
+        found = f"'{is_train[unlisted]}'" if unlisted in is_train else "nothing"
+        raise DataError(f"train_test_split.txt says {found} of image {unlisted}, expected 1 (train) or 0 (test)")
     unknown = ", ".join(_CERTAINTIES[certainty] for certainty in options.unknown_certainties) or "none"
     source: dict[str, Any] = {
         "name": "Caltech-UCSD Birds-200-2011, attributes",
@@ -98,6 +99,7 @@ def _read_labels(
     """Return [N, C] int8 of +1, -1, 0, and counts for the card."""
     row, column = ({key: place for place, key in enumerate(keys)} for keys in (images, attributes))
     observed = np.zeros((len(images), len(attributes)), dtype=np.int8)
+    has_line = np.zeros(observed.shape, dtype=np.bool_)
     surplus = unreadable = unsure = 0
     for number, line in enumerate(tree.lines(file), start=1):
         words = line.split()
@@ -105,6 +107,10 @@ def _read_labels(
             continue
         if len(words) < 4 or words[0] not in row or words[1] not in column:
             raise DataError(f"{file} line {number}: '{line[:60]}' is not image, attribute, presence, certainty, time")
+        cell = row[words[0]], column[words[1]]
+        if has_line[cell]:
+            raise DataError(f"{file} line {number}: image {words[0]} and attribute {words[1]} come a second time")
+        has_line[cell] = True
         if words[2] not in ("0", "1") or words[3] not in ("1", "2", "3", "4"):
             unreadable += 1
             continue
@@ -112,10 +118,15 @@ def _read_labels(
         if int(words[3]) in options.unknown_certainties:
             unsure += 1
             continue
-        observed[row[words[0]], column[words[1]]] = 1 if words[2] == "1" else -1
+        observed[cell] = 1 if words[2] == "1" else -1
+    if not has_line.all():
+        image, attribute = np.argwhere(~has_line)[0]
+        raise DataError(
+            f"{file} has no line for {(~has_line).sum()} of {has_line.size} labels, the first of image "
+            f"{images[image]}, attribute {attributes[attribute]}: it is cut short"
+        )
     return observed, {
         "lines_with_surplus_fields": surplus,
         "lines_without_a_label": unreadable,
         "labels_not_annotated_by_certainty": unsure,
-        "cells_without_a_line": int((observed == 0).sum()) - unreadable - unsure,
     }

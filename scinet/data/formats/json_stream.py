@@ -33,6 +33,12 @@ class _Reader:
         self._window = self._window[1:]
         return found
 
+    def expect_end(self) -> None:
+        """Read to the end of the text, where nothing more may come."""
+        rest = self.peek()
+        if rest:
+            raise ValueError(f"'{rest}' stands after its end")
+
     def value(self) -> Any:
         """Take one value."""
         self.peek()
@@ -63,7 +69,7 @@ def top_level(text: TextIO) -> Iterator[tuple[str, Any]]:
     reader = _Reader(text)
     mark = reader.expect("{")
     if reader.peek() == "}":
-        return
+        mark = reader.expect("}")
     while mark in "{,":
         key = reader.value()
         reader.expect(":")
@@ -77,3 +83,4 @@ def top_level(text: TextIO) -> Iterator[tuple[str, Any]]:
         else:
             yield key, reader.value()
         mark = reader.expect(",}")
+    reader.expect_end()

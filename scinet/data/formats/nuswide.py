@@ -20,6 +20,7 @@ VERSIONS = {
     "(Cole et al. and most single-positive tables)",
     "asl": "rows without any concept are left out; published as 119,103/50,720 images (ASL, SPLC, SCPNet, HSPNet)",
 }
+NUM_CONCEPTS = 81
 _SPLITS = {"train": "Train", "test": "Test"}
 _IMAGE_FOLDERS = ("Flickr/", "images/", "Images/", "")
 
@@ -41,6 +42,8 @@ def collection(options: NusWideOptions, scratch: Path, skip_missing: bool) -> Co
     """
     tree = SourceTree(options.source, scratch)
     concepts = _lines(tree, "the list of concepts", "Concepts81.txt", ("ConceptsList/",), "ConceptsList.zip")
+    if len(concepts) != NUM_CONCEPTS:
+        raise DataError(f"the list of concepts, Concepts81.txt, names {len(concepts)}, expected {NUM_CONCEPTS}")
     repeated = next((name for name in concepts if concepts.count(name) > 1), None)
     if repeated is not None:
         raise DataError(f"the list of concepts names '{repeated}' twice")
@@ -48,6 +51,8 @@ def collection(options: NusWideOptions, scratch: Path, skip_missing: bool) -> Co
     for split, part in _SPLITS.items():
         listed = _lines(tree, f"the list of {split} images", f"{part}Imagelist.txt", ("ImageList/",), "ImageList.zip")
         paths[split] = [line.replace("\\", "/") for line in listed]
+        if not listed:
+            raise DataError(f"{part}Imagelist.txt lists no image")
         labels[split] = _labels(tree, concepts, part, len(listed))
     if any(found is None for found in labels.values()):
         labels = _from_all_labels(tree, concepts, paths)
@@ -92,13 +97,10 @@ def _lines(tree: SourceTree, what: str, name: str, folders: tuple[str, ...], arc
 
 def _labels(tree: SourceTree, concepts: list[str], part: str, num_rows: int) -> npt.NDArray[np.int8] | None:
     """Return [N, 81] int8 of 0 and 1 out of ``TrainTestLabels``, None if that folder is not there."""
-    labels = np.zeros((num_rows, len(concepts)), dtype=np.int8)
-    for column, concept in enumerate(concepts):
-        name = f"TrainTestLabels/Labels_{concept}_{part}.txt"
-        if column == 0 and tree.find(f"Groundtruth/{name}", name) is None:
-            return None
-        labels[:, column] = _column(tree, name, num_rows)
-    return labels
+    names = [f"TrainTestLabels/Labels_{concept}_{part}.txt" for concept in concepts]
+    if all(tree.find(f"Groundtruth/{name}", name) is None for name in names):
+        return None
+    return np.stack([_column(tree, name, num_rows) for name in names], axis=1)
 
 
 def _column(tree: SourceTree, name: str, num_rows: int) -> npt.NDArray[np.int8]:

@@ -134,12 +134,17 @@ def _sort_into_buckets(
     header = next(rows, [])
     if header[: len(_HEADER)] != _HEADER:
         raise DataError(f"{file} begins with '{','.join(header)[:80]}', expected {','.join(_HEADER)}")
+    used_before = counts["used"]
     with contextlib.ExitStack() as stack:
         buckets = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
         for number, row in enumerate(rows, start=2):
+            if not row:
+                continue
             if len(row) < len(_HEADER):
                 raise DataError(f"{file} line {number} has {len(row)} cells, the header has {len(header)}")
             image_id, made_by, code, confidence = row[:4]
+            if not image_id.isalnum():
+                raise DataError(f"{file} line {number}: image id {image_id[:60]!a} is not made of letters and digits")
             if "machine" in made_by:
                 counts["ignored_from_machines"] += 1
             elif confidence not in _CONFIDENCES:
@@ -150,6 +155,8 @@ def _sort_into_buckets(
                 bucket = buckets[zlib.crc32(image_id.encode()) % _NUM_BUCKETS]
                 bucket.write(f"{image_id}\t{position[code]}\t{_CONFIDENCES[confidence]}\n")
                 counts["used"] += 1
+    if counts["used"] == used_before:
+        raise DataError(f"{file} holds no verified label of a trainable class")
     return paths
 
 

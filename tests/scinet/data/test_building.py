@@ -18,7 +18,7 @@ from PIL import Image
 from scinet.data.archives import read_source
 from scinet.data.building import BuildOptions, build
 from scinet.data.card import CARD_NAME, DataCard
-from scinet.data.records import Collection, ImageSource, Record
+from scinet.data.records import Collection, ImageSource, Record, file_source
 from scinet.data.stream import Order, SampleStream
 from scinet.errors import BuildInterrupted, ConfigError, DataError
 from tests.scinet.conftest import MakeImage
@@ -40,8 +40,7 @@ def _collection(images: Path, load: Callable[[ImageSource], bytes] = read_source
     def records() -> Iterator[Record]:
         for number in range(20):
             path = images / f"{number:02d}.jpg"
-            size = path.stat().st_size if path.exists() else -1
-            image = ImageSource(str(path), "", 0, size, size) if size >= 0 else None
+            image = file_source(str(path), path.stat()) if path.exists() else None
             split = "test" if number >= 15 else "train"
             yield Record(f"im{number}", image, path.name, (number % 4,), ((number + 1) % 4,), split)
 
@@ -198,7 +197,9 @@ def test_broken_images_are_named_again_when_a_skipping_build_goes_on_without_ski
 def test_build_is_refused_when_no_image_is_there(make: Make, images: Path, tmp_path: Path) -> None:
     for path in images.iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"all 20 images are missing \(00.jpg, 01.jpg, 02.jpg, ...\): is --source"):
+    with pytest.raises(
+        DataError, match=r"all 20 images are missing \(00.jpg, 01.jpg, 02.jpg, .*: is it the right folder"
+    ):
         make(skip_missing=True)
     assert not (tmp_path / ".out.building").exists()
 
@@ -304,7 +305,7 @@ import io, resource, sys
 from pathlib import Path
 from PIL import Image
 from scinet.data.building import BuildOptions, build
-from scinet.data.records import Collection, ImageSource, Record
+from scinet.data.records import Collection, ImageSource, Record, file_source
 
 buffer = io.BytesIO()
 Image.new("RGB", (1, 1)).save(buffer, "PNG")
@@ -334,3 +335,89 @@ def test_memory_hardly_grows_when_records_are_many(tmp_path: Path) -> None:
         kilobytes.append(int(done.stdout))
     # eight bytes a sample are 1.4 MB; pairs of classes and the card take the rest
     assert kilobytes[1] - kilobytes[0] < 60_000, kilobytes
+
+
+def test_build_goes_on_when_it_is_allowed_to_convert(make: Make, images: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 7), "red").save(images / "17.jpg", "GIF")
+    with pytest.raises(DataError, match=r"`--reencode jpeg` converts it.*finished shards are kept"):
+        make()
+    kept = {path.name: path.stat().st_ino for path in (tmp_path / ".out.building/whole").iterdir()}
+    assert kept
+    card = make(reencode=True)
+    assert {path.name: path.stat().st_ino for path in card.directory.iterdir() if path.name in kept} == kept
+
+
+def test_converted_images_are_not_taken_over_when_they_may_not_be(make: Make, images: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 7), "red").save(images / "02.jpg", "GIF")
+    (images / "17.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"17.jpg cannot be decoded"):
+        make(reencode=True)
+    assert any((tmp_path / ".out.building/whole").iterdir())
+    with pytest.raises(DataError, match=r"02.jpg is GIF"):
+        make()
+
+
+def test_shard_is_written_anew_when_an_image_was_replaced_by_one_of_its_size(make: Make, images: Path) -> None:
+    whole = (images / "17.jpg").read_bytes()
+    (images / "17.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        make()
+    content = bytearray((images / "00.jpg").read_bytes())
+    content[-3] ^= 1  # within the image's last pixels
+    (images / "00.jpg").write_bytes(content)
+    (images / "17.jpg").write_bytes(whole)
+    stored = {s.sample_id: s.image for s in SampleStream(make(), "train", Order(0, 0, 1, 0))}
+    assert stored["im0"] == bytes(content)
+
+
+@pytest.mark.parametrize("damaged", ["options.json", "reports/train-000000.tar.json"])
+@pytest.mark.parametrize("content", ["{}", "{x", "[]", '{"positives": 3}'])
+def test_notes_of_an_unfinished_build_are_not_believed_when_they_are_damaged(
+    make: Make, images: Path, tmp_path: Path, damaged: str, content: str
+) -> None:
+    whole = (images / "17.jpg").read_bytes()
+    (images / "17.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot be decoded"):
+        make()
+    (images / "17.jpg").write_bytes(whole)
+    (tmp_path / ".out.building" / damaged).write_text(content)
+    if damaged == "options.json":
+        with pytest.raises(ConfigError, match="--restart to begin anew"):
+            make()
+    assert make(restart=damaged == "options.json").num_indices == 20
+
+
+def test_link_is_followed_when_it_is_the_target(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    make()
+    assert (tmp_path / "disk" / "dataset.json").is_file()
+
+
+def test_target_is_refused_when_it_is_no_place_for_a_folder(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match="is a file: name a folder with --out"):
+        make()
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ConfigError, match="--out is the folder that you are in"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "names no class"),
+        (["a", " "], "class 1 has no name"),
+        (["a", "a"], "two classes are called 'a'"),
+        (["\ud800"], "holds half a character"),
+    ],
+)
+def test_classes_are_refused_when_they_cannot_be_told_apart(tmp_path: Path, names: list[str], words: str) -> None:
+    collection = Collection("odd", names, {}, lambda: iter(()), 1, read_source)
+    with pytest.raises(DataError, match=words):
+        build(lambda _: collection, tmp_path / "out", BuildOptions(), lambda *_: None)
+    assert not list(tmp_path.iterdir())

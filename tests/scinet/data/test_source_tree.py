@@ -7,6 +7,7 @@ import io
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,7 +132,22 @@ def test_member_gives_no_more_than_it_declares_when_it_lies(root: Path) -> None:
     (root / "liar.zip").write_bytes(content[:place] + struct.pack("<I", 100) + content[place + 4 :])
     source = _tree(root).find("a.jpg")
     assert source is not None
-    assert len(read_source(source)) == 100
+    with pytest.raises(BrokenImageError, match="its checksum is not the one in the archive"):
+        read_source(source)
+    honest = source._replace(crc=zlib.crc32(bytes(100)))
+    assert len(read_source(honest)) == 100
+
+
+def test_member_is_refused_when_one_bit_of_it_has_changed(root: Path) -> None:
+    with zipfile.ZipFile(root / "a.zip", "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("a.jpg", bytes(1000))
+    content = bytearray((root / "a.zip").read_bytes())
+    content[500] ^= 4
+    (root / "a.zip").write_bytes(content)
+    source = _tree(root).find("a.jpg")
+    assert source is not None
+    with pytest.raises(BrokenImageError, match=r"a.zip: a.jpg is damaged: its checksum"):
+        read_source(source)
 
 
 def test_image_is_refused_when_it_is_larger_than_any(root: Path) -> None:
@@ -230,4 +246,4 @@ def test_index_is_small_when_an_archive_is_large(root: Path) -> None:
     _tar(root / "a.tar", {f"train_0/{number:016x}.jpg": b"x" for number in range(3000)})
     archive = Archive(root / "a.tar")
     assert len(archive) == 3000
-    assert sum(column.itemsize for column in archive._columns) == 33
+    assert sum(column.itemsize for column in archive._columns) == 37

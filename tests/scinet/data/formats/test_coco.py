@@ -70,8 +70,8 @@ def test_shards_are_the_same_when_read_inside_the_official_archives(coco2014: Pa
 
 
 def test_2017_is_read_when_images_lie_in_a_folder_of_their_own(tmp_path: Path, write: Write, build_from: Build) -> None:
-    one = _instances("x", {}, images=[{"id": 7, "file_name": "000000000007.jpg"}])
-    two = _instances("x", {}, images=[{"id": 8, "file_name": "000000000008.jpg"}])
+    one = _instances("x", {7: [1]}, images=[{"id": 7, "file_name": "000000000007.jpg"}])
+    two = _instances("x", {8: [1]}, images=[{"id": 8, "file_name": "000000000008.jpg"}])
     files: dict[str, str | int] = {
         "annotations/instances_train2017.json": one,
         "annotations/instances_val2017.json": two,
@@ -90,7 +90,12 @@ def test_2017_is_read_when_images_lie_in_a_folder_of_their_own(tmp_path: Path, w
         ('{"images": [{"id": 1}]}', "no COCO instance file"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1, "name"', "no COCO instance file"),
         (_instances("val2014", {42: [5]}), "category 5"),
-        (_instances("val2014", {42: [1]}, images=[]), "image 42"),
+        (_instances("val2014", {42: [1]}, images=[{"id": 1, "file_name": "1.jpg"}]), "image 42"),
+        (_instances("val2014", {42: [1]}, images=[]), "lists no image"),
+        (_instances("val2014", {42: []}), "lists no annotation: is it an instances file, and whole"),
+        (_instances("val2014", {42: [1]}) + "}", "no COCO instance file: ValueError '}' stands after its end"),
+        (_instances("val2014", {42: [1]}, images=[{"id": 42, "file_name": "a.jpg"}] * 2), "lists image 42 twice"),
+        ('{"images": ' + "[" * 100_000, "no COCO instance file: RecursionError"),
         (_instances("val2014", {42: [1]}, categories=[{"id": 1, "name": "cat"}]), "other categories"),
         ('{"images": [], "annotations": []}', "lists no category"),
     ],
@@ -116,7 +121,7 @@ def test_image_outside_the_source_is_never_read_when_a_list_names_one(
     coco2014: Path, build_from: Build, write: Write
 ) -> None:
     write(coco2014.parent, {"secret.jpg": 1})
-    text = _instances("val2014", {}, images=[{"id": 1, "file_name": "../../secret.jpg"}])
+    text = _instances("val2014", {1: [1]}, images=[{"id": 1, "file_name": "../../secret.jpg"}])
     (coco2014 / "annotations/instances_val2014.json").write_text(text)
     with pytest.raises(DataError, match=r"1 of 4 images are missing \(val2014/../../secret.jpg\)"):
         build_from(partial(collection, CocoOptions(coco2014, 2014)))

@@ -25,6 +25,7 @@ LABELS = """\
 2 3 0 5 1.0
 3 1 1 1 2.0
 3 2 0 4 2.0
+3 3 0 7 2.0
 """
 
 
@@ -51,8 +52,7 @@ def test_labels_count_whatever_their_certainty_when_nothing_is_said(cub: Path, b
         "001.Albatross/Albatross_0009_34": ((DAGGER,), (CURVED,)),
         "002.Auk/Auk_0001_1": ((CURVED,), (DAGGER,)),
     }
-    notes = ("lines_with_surplus_fields", "lines_without_a_label", "cells_without_a_line")
-    assert [card.source[note] for note in notes] == [1, 1, 1]
+    assert [card.source[note] for note in ("lines_with_surplus_fields", "lines_without_a_label")] == [1, 2]
     assert any("none" in trap for trap in card.source["traps"])
 
 
@@ -93,7 +93,7 @@ def test_attributes_are_found_when_they_were_moved(cub: Path, build_from: Build,
 def test_line_is_named_when_it_is_about_no_image(cub: Path, build_from: Build) -> None:
     path = cub / "CUB_200_2011/attributes/image_attribute_labels.txt"
     path.write_text(LABELS + "4 1 1 1 1.0\n")
-    with pytest.raises(DataError, match=r"image_attribute_labels.txt line 9: '4 1 1 1 1.0'"):
+    with pytest.raises(DataError, match=r"image_attribute_labels.txt line 10: '4 1 1 1 1.0'"):
         build_from(partial(collection, CubOptions(cub)))
 
 
@@ -101,3 +101,30 @@ def test_file_is_named_when_the_table_is_missing(cub: Path, build_from: Build) -
     (cub / "CUB_200_2011/attributes/image_attribute_labels.txt").unlink()
     with pytest.raises(DataError, match=r"CUB_200_2011/attributes/image_attribute_labels.txt, there or in CUB_200"):
         build_from(partial(collection, CubOptions(cub)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("attributes/image_attribute_labels.txt", "", "has no line for 9 of 9 labels"),
+        (
+            "attributes/image_attribute_labels.txt",
+            LABELS.partition("3 2")[0],
+            "no line for 2 of 9 labels, the first of image 3, attribute 2: it is cut short",
+        ),
+        ("attributes/image_attribute_labels.txt", LABELS + "1 1 0 4 2.0\n", "line 10: image 1 and attribute 1 come a"),
+        ("train_test_split.txt", "1 0\n2 1\n3 1.0\n", "says '1.0' of image 3, expected 1"),
+        ("train_test_split.txt", "1 0\n2 1\n", "says nothing of image 3, expected 1"),
+    ],
+)
+def test_list_is_refused_when_it_leaves_something_open(
+    cub: Path, build_from: Build, name: str, content: str, words: str
+) -> None:
+    (cub / "CUB_200_2011" / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        build_from(partial(collection, CubOptions(cub)))
+
+
+def test_folder_above_is_named_when_the_inner_one_is_given(cub: Path, build_from: Build) -> None:
+    with pytest.raises(DataError, match=rf"{cub}/attributes.txt is there: give --source {cub}"):
+        build_from(partial(collection, CubOptions(cub / "CUB_200_2011")))

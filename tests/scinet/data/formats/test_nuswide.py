@@ -21,7 +21,8 @@ def _labels(rows: dict[str, str], column: int) -> str:
 
 
 @pytest.fixture
-def nuswide(tmp_path: Path, write: Write) -> Path:
+def nuswide(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("scinet.data.formats.nuswide.NUM_CONCEPTS", len(CONCEPTS))
     files: dict[str, str | int] = {
         "ConceptsList/Concepts81.txt": "\r\n".join(CONCEPTS) + "\r\n",
         "ImageList/TrainImagelist.txt": "".join(f"{path}\n" for path in TRAIN),
@@ -101,4 +102,18 @@ def test_list_is_named_when_it_does_not_fit(nuswide: Path, build_from: Build, te
 def test_list_is_named_when_one_concept_is_missing(nuswide: Path, build_from: Build) -> None:
     (nuswide / "Groundtruth/TrainTestLabels/Labels_beach_Test.txt").unlink()
     with pytest.raises(DataError, match=r"Labels_beach_Test.txt, there or in Groundtruth.zip"):
+        build_from(partial(collection, NusWideOptions(nuswide, "cole")))
+
+
+def test_concepts_are_counted_when_the_list_is_read(
+    nuswide: Path, build_from: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"Concepts81.txt, names 3, expected 81"):
+        build_from(partial(collection, NusWideOptions(nuswide, "cole")))
+
+
+def test_list_of_labels_is_named_when_only_the_first_is_missing(nuswide: Path, build_from: Build) -> None:
+    (nuswide / f"Groundtruth/TrainTestLabels/Labels_{CONCEPTS[0]}_Train.txt").unlink()
+    with pytest.raises(DataError, match=f"Labels_{CONCEPTS[0]}_Train.txt"):
         build_from(partial(collection, NusWideOptions(nuswide, "cole")))

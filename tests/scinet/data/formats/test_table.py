@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image
 
 from scinet.data.building import BuildOptions, build
 from scinet.data.card import DataCard
-from scinet.data.formats.table import Row, TableOptions, collection, read
+from scinet.data.formats.table import collection, read
+from scinet.data.formats.table_rows import Row, TableOptions
 from scinet.data.records import Record
 from scinet.data.stream import Order, SampleStream
 from scinet.errors import ConfigError, DataError, ScinetError
@@ -37,7 +39,7 @@ def _options(
     if classes is not None:
         class_list = images.parent / "classes.txt"
         class_list.write_text(classes, encoding="utf-8")
-    return TableOptions(path, images, classes=class_list, **given)
+    return TableOptions(path, images, classes=class_list, is_jsonl=name.endswith(".jsonl"), **given)
 
 
 def _labels(options: TableOptions) -> list[list[int]]:
@@ -157,9 +159,58 @@ def test_blank_line_is_passed_over_when_it_ends_the_table(images: Path) -> None:
     assert len(read(_options(images, "file,cat\nim0.png,1\n\n"))[1]) == 1
 
 
-@pytest.mark.parametrize("text", ["", "file,cat,dog\n"])
-def test_table_is_refused_when_it_has_no_row(images: Path, text: str) -> None:
-    assert "no row" in _refusal(_options(images, text))
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("file,cat,dog\n", "no row below its header"),
+        ("file\nim0.png\n", "no column after its first; its header is 'file'"),
+        ("im0.png,1,0\nim1.png,0,1\n", "line 1 holds labels where the class names should be"),
+        ("file,cat,\nim0.png,1,0\n", "column 3 has no name in the header"),
+        ("file\tcat\nim0.png\t1\n", "is separated by tabs, expected commas"),
+        ("file;cat\nim0.png;1\n", "is separated by semicolons, expected commas"),
+        ("file,cat\rim0.png,1\r", "its lines end in CR alone"),
+        ('file,"cat\ntabby"\nim0.png,1\nim1.png,0,1\n', "line 4 has 3 cells"),
+        ("file,cat\nim0.png,1\nim1.png,0\n./im0.png,1\n", "lines 2 and 4 are both about 'im0.png'"),
+        ("file,cat\n,1\n", "line 2 names no image"),
+        ("file,cat\n../im0.png,1\n", "line 2 names '../im0.png', which is not below"),
+        ("file,cat\n/etc/im0.png,1\n", "line 2 names '/etc/im0.png', which is not below"),
+    ],
+)
+def test_table_is_refused_when_it_is_none(images: Path, text: str, words: str) -> None:
+    with pytest.raises(DataError, match=re.escape(words)):
+        collection(_options(images, text))
+
+
+def test_image_is_known_by_one_name_when_its_path_is_absolute(images: Path) -> None:
+    found = _records(_options(images, f"file,cat\n{images}/sub/im.jpg,1\nsub/../im0.png,0\n"))
+    assert {record.sample_id for record in found} == {"sub/im.jpg", "im0.png"}
+    assert all(record.image is not None for record in found)
+
+
+@pytest.mark.parametrize(
+    ("negative", "unknown", "words"),
+    [
+        ("1", None, "--negative 1: the code 1 means present"),
+        (None, "1", "--unknown 1: the code 1 means present"),
+        ("o", None, "--negative o: .* has no such code, it has 0, 1"),
+        ("0", "0", "say two things about one code"),
+    ],
+)
+def test_codes_are_refused_when_they_make_no_sense(
+    images: Path, negative: str | None, unknown: str | None, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read(_options(images, "file,cat\nim0.png,1\nim1.png,0\n", negative=negative, unknown=unknown))
+
+
+def test_separator_is_asked_for_when_names_stand_between_commas(images: Path) -> None:
+    text = 'file,tags\nim0.png,"cat,dog"\nim1.png,owl\n'
+    with pytest.raises(ConfigError, match=r"line 2: column 'tags' holds commas .* --separator ','"):
+        read(_options(images, text, list_column="tags", unknown="unlisted"))
+    names, rows = read(_options(images, text, list_column="tags", unknown="unlisted", separator=","))
+    assert names == ["cat", "dog", "owl"]
+    assert list(rows) == [Row("im0.png", (0, 1), (), 2), Row("im1.png", (2,), (), 3)]
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "labels.jsonl"])
@@ -235,7 +286,7 @@ def test_line_is_named_when_a_list_column_names_another_class(images: Path) -> N
 
 def test_rows_are_found_again_when_cells_hold_line_breaks(images: Path) -> None:
     _, rows = read(_options(images, 'file,cat\n"im0.png\n",1\nim1.png,0\n'))
-    assert [rows[1], rows[0]] == [Row("im1.png", (), (0,), 3), Row("im0.png", (0,), (), 2)]
+    assert [rows[1], rows[0]] == [Row("im1.png", (), (0,), 4), Row("im0.png", (0,), (), 2)]
 
 
 def _lines(*records: object) -> str:
@@ -257,24 +308,29 @@ def test_jsonl_counts_a_class_once_when_it_is_named_twice(images: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "words"),
     [
-        "{not json",
-        "[]",
-        "3",
-        "null",
-        {"positives": ["cat"]},
-        {"file": "a"},
-        {"file": "a", "positives": 3},
-        {"file": "a", "positives": "cat"},
-        {"file": "a", "positives": [], "negatives": "cat"},
+        ("{not json", "is no JSON: Expecting property name"),
+        ("[" * 100_000, "is no JSON: nested too deeply"),
+        ("[]", "is no object with 'file', 'positives'"),
+        ("3", "is no object with 'file', 'positives'"),
+        ("null", "is no object with 'file', 'positives'"),
+        ({"positives": ["cat"]}, "has no 'file'"),
+        ({"file": "a"}, "has no 'positives'"),
+        ({"file": "a", "positives": 3}, "'positives' is not a list of class names"),
+        ({"file": "a", "positives": "cat"}, "'positives' is not a list of class names"),
+        ({"file": "a", "positives": [], "negatives": "cat"}, "'negatives' is not a list of class names"),
+        ({"file": None, "positives": []}, "'file' is not a name"),
+        ({"file": "a", "positives": [], "negtives": ["cat"]}, "the key 'negtives'; did you mean 'negatives'?"),
+        ('{"file": "a", "positives": ["cat"], "positives": []}', "has the key 'positives' twice"),
+        ('{"file": "\\ud800", "positives": []}', "holds half a character"),
     ],
 )
-def test_line_is_named_when_a_record_is_wrong(images: Path, record: object) -> None:
-    text = _lines({"file": "im0.png", "positives": ["cat"]}, record)
-    assert "labels.jsonl line 2 is not an object with 'file', 'positives'" in _refusal(
-        _options(images, text, "labels.jsonl")
-    )
+def test_line_is_named_when_a_record_is_wrong(images: Path, record: object, words: str) -> None:
+    text = _lines({"file": "im0.png", "positives": ["cat"], "filename": "mine"}, record)
+    message = _refusal(_options(images, text, "labels.jsonl"))
+    assert "labels.jsonl line 2 " in message.replace(":", " ")
+    assert words in message
 
 
 def test_class_is_suggested_when_a_record_names_an_unknown_one(images: Path) -> None:

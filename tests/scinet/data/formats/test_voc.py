@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -92,8 +93,8 @@ def test_voc2012_takes_val_as_test(tmp_path: Path, write: Write, build_from: Bui
             f"{base}/ImageSets/Main/val.txt": "2008_000003\n",
             f"{base}/JPEGImages/2008_000002.jpg": 1,
             f"{base}/JPEGImages/2008_000003.jpg": 2,
-            f"{base}/Annotations/2008_000002.xml": _xml("tvmonitor"),
-            f"{base}/Annotations/2008_000003.xml": _xml("train", "person"),
+            f"{base}/Annotations/2008_000002.xml": _xml("tvmonitor").replace("VOC2007", "VOC2012"),
+            f"{base}/Annotations/2008_000003.xml": _xml("train", "person").replace("VOC2007", "VOC2012"),
         },
     )
     card = build_from(partial(collection, VocOptions(root, 2012)))
@@ -140,3 +141,48 @@ def test_annotation_is_named_when_it_is_no_xml(voc2007: Path, build_from: Build)
 def test_source_is_suggested_when_it_does_not_exist(voc2007: Path, build_from: Build) -> None:
     with pytest.raises(ConfigError, match=r"rwa does not exist; did you mean '.*raw'"):
         build_from(partial(collection, VocOptions(voc2007.with_name("rwa"), 2007)))
+
+
+def test_other_year_is_refused_when_its_folder_is_given(voc2007: Path, build_from: Build) -> None:
+    inner = voc2007 / "VOCdevkit/VOC2007"
+    for name in ("train", "val"):
+        (inner / f"ImageSets/Main/{name}.txt").write_text("000005\n")
+    with pytest.raises(DataError, match=r"000005.xml belongs to VOC2007, expected VOC2012: build voc2007 instead"):
+        build_from(partial(collection, VocOptions(inner, 2012)))
+
+
+def test_archives_are_found_when_each_was_unpacked_into_its_own_folder(
+    voc2007: Path, build_from: Build, tmp_path: Path
+) -> None:
+    plain = build_from(partial(collection, VocOptions(voc2007, 2007)), name="plain")
+    for archive in ("VOCtrainval_06-Nov-2007", "VOCtest_06-Nov-2007"):
+        shutil.copytree(voc2007, tmp_path / "apart" / archive)
+    (tmp_path / "apart/VOCtrainval_06-Nov-2007/VOCdevkit/VOC2007/ImageSets/Main/test.txt").unlink()
+    apart = build_from(partial(collection, VocOptions(tmp_path / "apart", 2007)), name="out")
+    assert same_shards(apart, plain)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("<html><body>404</body></html>", "begins with <html>"),
+        ("<annotation><object>", "is no VOC annotation"),
+        ("", "is no VOC annotation"),
+        ("<?xml version='1.0' encoding='klingon'?><annotation/>", "unknown encoding"),
+    ],
+)
+def test_image_is_left_out_when_its_annotation_says_nothing(
+    voc2007: Path, build_from: Build, content: str, words: str
+) -> None:
+    (voc2007 / "VOCdevkit/VOC2007/Annotations/000007.xml").write_text(content)
+    with pytest.raises(DataError, match=words):
+        build_from(partial(collection, VocOptions(voc2007, 2007)))
+    card = build_from(partial(collection, VocOptions(voc2007, 2007)), skip=True)
+    assert card.missing.count == 1
+    assert words in (card.directory / card.missing.file).read_text()
+
+
+def test_list_is_refused_when_it_is_empty(voc2007: Path, build_from: Build) -> None:
+    (voc2007 / "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt").write_text("")
+    with pytest.raises(DataError, match=r"trainval.txt lists no image"):
+        build_from(partial(collection, VocOptions(voc2007, 2007)), skip=True)
