@@ -5,12 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from scinet.texttable import printable
+
+_LONGEST_SENTENCE = 2000
+
 
 class ScinetError(Exception):
     """A failure the user can act on: one sentence that names what was given, what is required and what to do."""
 
     exit_status = 1
     is_told = False  # whether another rank has said it, or failed before
+
+    def __str__(self) -> str:
+        """Return the sentence; its words may come from a stranger's file, so no terminal obeys them."""
+        return printable(super().__str__(), limit=_LONGEST_SENTENCE)
 
 
 class ConfigError(ScinetError):

@@ -23,7 +23,7 @@ from scinet.data.card import DataCard, Missing, Shard, Split
 from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
 from scinet.data.loading import num_waiting
 from scinet.data.views import VIEW_NAMES
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, DataError
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
 from scinet.options import Combine, Method, Options, Profile
@@ -75,6 +75,8 @@ def of_card(card: DataCard) -> DataSize:
     """Return the sizes of a data set that is there."""
     splits = list(card.splits.values())
     num_samples = sum(split.num_samples for split in splits)
+    if not num_samples:
+        raise DataError(f"{card.where} lists no sample")
     positives, negatives = (sum(sum(getattr(s, key)) for s in splits) for key in ("num_positives", "num_negatives"))
     num_shards = sum(len(split.shards) for split in splits)
     known = DataSize(

@@ -58,8 +58,8 @@ class Result:
 
     @property
     def fits(self) -> bool:
-        """Whether ids and labels agree with the shards."""
-        return not (self.survey.num_missing or self.survey.num_contradictions or self.strangers.num_unknown)
+        """Whether the mask has all samples and agrees with their labels; it may have samples that the shards lack."""
+        return not (self.survey.num_missing or self.survey.num_contradictions)
 
     def rates(self) -> tuple[Rates, Rates, Rates]:
         """Return the known rates [2, C], positives first, and the ends of their intervals; NaN without a cell."""
@@ -164,6 +164,11 @@ def _complete(rows: Iterator[Row], survey: MaskSurvey, asked: Asked) -> Iterator
         raise DataError(
             f"{asked.source} has no sample {survey.missing[0]}; {survey.num_missing} of {survey.num_samples} samples "
             f"are missing, so {asked.out} was not written"
+        )
+    if survey.num_contradictions:
+        raise DataError(
+            f"{asked.source} contradicts the shards in {survey.num_contradictions} cells, the first "
+            f"{survey.contradictions[0]}, so {asked.out} was not written"
         )
 
 

@@ -11,6 +11,7 @@ from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatche
 from scinet.data.card import SPLITS, DataCard
 from scinet.data.views import VIEW_NAMES, Views
 from scinet.distributed import Ranks, first_rank_first
+from scinet.errors import ConfigError
 from scinet.evaluation.evaluator import PlainSplit
 from scinet.model import backbone as model_backbone
 from scinet.model import features as model_features
@@ -18,6 +19,8 @@ from scinet.model.backbone import Backbone
 from scinet.model.network import Network
 from scinet.options import DataOptions, LastBatch, Method, Options
 from scinet.paths import cache_directory
+
+_PURPOSES = {"train": "train on", "holdout": "select the best epoch by", "test": "test on"}
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,18 @@ def check(options: Options) -> DataCard:
     """Return the data card, before anything heavy is loaded.
 
     Raises:
-        ConfigError: if the folder is missing, or its address cannot be opened as it is written.
+        ConfigError: if the folder is missing, its address cannot be opened as it is written, or a split is empty.
         DataError: if it is damaged, or the mask of ``data.mask_file`` lacks a training sample.
     """
     card = sources.read_card(options.data)
+    for split, purpose in _PURPOSES.items():
+        is_needed = split == "test" or options.method is not Method.zero_shot
+        if is_needed and (split not in card.splits or not card.splits[split].num_samples):
+            has = ", ".join(f"{name} {found.num_samples}" for name, found in card.splits.items())
+            raise ConfigError(
+                f"{sources.place(card)} has no samples to {purpose} (split '{split}'; it has {has}): build it anew "
+                "with another --holdout share, or more --test samples"
+            )
     if options.data.mask_file:
         mask_file.check_covers(Path(options.data.mask_file), card)
     return card

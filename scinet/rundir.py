@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from scinet import config
+from scinet.data import transports
 from scinet.errors import CheckpointError, ConfigError, nearest
 from scinet.options import Options
 
@@ -33,6 +36,7 @@ _FREE_ON_RESUME = {
     "train.save_every_steps",
     "train.collective_timeout_s",
 }
+_LOCK = ".lock"
 _PACKAGES = (
     "scinet",
     "torch",
@@ -92,9 +96,35 @@ def create(options: Options) -> RunDirectory:
     return run
 
 
+@contextlib.contextmanager
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Keep other processes from writing the run; the lock ends with this process, however that ends.
+
+    Raises:
+        ConfigError: if another process writes it, perhaps one that outlived its launcher.
+    """
+    handle = os.open(run.checkpoints / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            # a lock of this process alone: that of flock() would live on in loader processes
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(handle, 200, 0).decode(errors="replace") or "unknown"
+            raise ConfigError(
+                f"{run.path} is being written by another process ({owner}): wait for it or end it, or set another name"
+            ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
 def discard_if_never_started(run: RunDirectory) -> None:
     """Remove the directory of a run that failed before its first step: it holds nothing yet."""
     if not run.config.exists():
+        with contextlib.suppress(OSError):
+            (run.checkpoints / _LOCK).unlink()
         for folder in (run.checkpoints, run.path):
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -131,7 +161,7 @@ def describe(run: RunDirectory, options: Options, *, weights_sha256: str, card_s
     """Write ``config.yaml`` and ``environment.json`` before the first step."""
     write_text(run.config, config.to_yaml(options))
     environment = {
-        "command": [sys.executable, *sys.argv],
+        "command": [sys.executable, *map(transports.shown, sys.argv)],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},

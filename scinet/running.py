@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from scinet import checkpoint, materials, rundir
+from scinet.data import transports
 from scinet.distributed import (
     Ranks,
     from_first_rank,
@@ -68,14 +69,17 @@ def _voice(ranks: Ranks) -> Iterator[Voice]:
 def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
     started = time.monotonic()
     directory: RunDirectory = from_first_rank(lambda: rundir.create(options), ranks)
-    voice.say(f"{options.method.value} ({options.profile.value}) on {options.data.path}, {ranks.world_size} rank(s)")
+    where = transports.shown(options.data.path)
+    voice.say(f"{options.method.value} ({options.profile.value}) on {where}, {ranks.world_size} rank(s)")
     if options.baseline:
         rundir.read_evaluation(rundir.find(Path(options.baseline))[0])
-    try:
-        return _carry_out(options, ranks, voice, directory, started)
-    finally:
-        if ranks.is_first:
-            rundir.discard_if_never_started(directory)
+    with contextlib.ExitStack() as held:
+        from_first_rank(lambda: held.enter_context(rundir.locked(directory)), ranks)
+        try:
+            return _carry_out(options, ranks, voice, directory, started)
+        finally:
+            if ranks.is_first:
+                rundir.discard_if_never_started(directory)
 
 
 def _carry_out(options: Options, ranks: Ranks, voice: Voice, directory: RunDirectory, started: float) -> dict[str, Any]:

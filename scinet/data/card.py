@@ -14,7 +14,11 @@ from scinet.data.cooccurrence import Cooccurrence, from_tree
 from scinet.errors import ConfigError, DataError, nearest
 
 CARD_NAME = "dataset.json"
+FORMAT = "scinet-shards-1"
 SPLITS = ("train", "holdout", "test")
+_MOST = 2**48  # bytes or cells; a larger count is nonsense and would overflow sums of them
+_LEAST_SAMPLE_BYTES = 4 * 512  # two members of a header and a block each
+_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def write(
 ) -> None:
     """Write the card; the last file of a build, so that a folder with a card is a whole one."""
     tree = {
-        "format": "scinet-shards-1",
+        "format": FORMAT,
         "name": name,
         "class_names": class_names,
         "num_indices": num_indices,
@@ -181,8 +185,12 @@ def parse(
     """
     try:
         tree = json.loads(content)
+        if tree["format"] != FORMAT:
+            raise ValueError(f"format '{tree['format']}', expected '{FORMAT}'")
         splits = {key: _split(value) for key, value in tree["splits"].items()}
         class_names = tuple(str(name) for name in tree["class_names"])
+        if not class_names or not splits:
+            raise ValueError("no class or no split")
         card = DataCard(
             name=str(tree["name"]),
             class_names=class_names,
@@ -191,12 +199,12 @@ def parse(
             directory=Path(url) if directory is None else directory,
             sha256=hashlib.sha256(content).hexdigest(),
             # the first cards had no gaps
-            num_indices=int(tree.get("num_indices", sum(split.num_samples for split in splits.values()))),
+            num_indices=_count(tree.get("num_indices", sum(split.num_samples for split in splits.values()))),
             missing=_missing(tree.get("missing", {})),
             url=url,
             where=where,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{where} is not a data card: {type(error).__name__} {error}; rebuild it with `{prepare}`"
         ) from error
@@ -207,18 +215,31 @@ def parse(
 
 def _split(tree: dict[str, Any]) -> Split:
     return Split(
-        num_samples=int(tree["num_samples"]),
-        num_positives=tuple(int(count) for count in tree["num_positives"]),
-        num_negatives=tuple(int(count) for count in tree["num_negatives"]),
-        shards=tuple(
-            Shard(str(s["file"]), int(s["num_samples"]), int(s["num_bytes"]), str(s["sha256"])) for s in tree["shards"]
-        ),
+        num_samples=_count(tree["num_samples"]),
+        num_positives=tuple(_count(count) for count in tree["num_positives"]),
+        num_negatives=tuple(_count(count) for count in tree["num_negatives"]),
+        shards=tuple(_shard(shard) for shard in tree["shards"]),
         cooccurrence=from_tree(tree["cooccurrence"]) if "cooccurrence" in tree else None,
     )
 
 
+def _shard(tree: dict[str, Any]) -> Shard:
+    shard = Shard(str(tree["file"]), _count(tree["num_samples"]), _count(tree["num_bytes"]), str(tree["sha256"]))
+    if not 0 < len(shard.file) <= _LONGEST_NAME:
+        raise ValueError(f"a shard's name of {len(shard.file)} letters")
+    if shard.num_samples * _LEAST_SAMPLE_BYTES > shard.num_bytes:
+        raise ValueError(f"{shard.num_samples} samples in a shard of {shard.num_bytes} bytes")
+    return shard
+
+
 def _missing(tree: dict[str, Any]) -> Missing:
-    return Missing(int(tree.get("not_found", 0)), int(tree.get("broken", 0)), str(tree.get("file", "")))
+    return Missing(_count(tree.get("not_found", 0)), _count(tree.get("broken", 0)), str(tree.get("file", "")))
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST:
+        raise ValueError(f"{value!r:.40} where a count should be")
+    return value
 
 
 def _check(card: DataCard, path: str) -> None:
@@ -226,10 +247,14 @@ def _check(card: DataCard, path: str) -> None:
     if card.num_indices < num_samples:
         raise DataError(f"{path}: {card.num_indices} indices are too few for its {num_samples} samples")
     for name, split in card.splits.items():
-        if len(split.num_positives) != card.num_classes:
-            raise DataError(
-                f"{path}: split '{name}' counts {len(split.num_positives)} classes, the card names {card.num_classes}"
-            )
+        for counts in (split.num_positives, split.num_negatives):
+            if len(counts) != card.num_classes:
+                raise DataError(
+                    f"{path}: split '{name}' counts {len(counts)} classes, the card names {card.num_classes}"
+                )
+        in_shards = sum(shard.num_samples for shard in split.shards)
+        if in_shards != split.num_samples:
+            raise DataError(f"{path}: split '{name}' has {split.num_samples} samples, its shards {in_shards} in all")
         for shard in split.shards:
             file = card.directory / shard.file
             if Path(shard.file).name != shard.file:

@@ -21,6 +21,7 @@ KINDS = {
     "member-twice": (ERROR, "member whose name comes twice"),
     "sample-incomplete": (ERROR, "sample without json, or without exactly one image"),
     "labels-malformed": (ERROR, "sample whose json is not id, index, positives, negatives"),
+    "labels-large": (ERROR, "sample whose json is larger than any that training reads"),
     "class-range": (ERROR, "sample with a class that the card does not have"),
     "class-both": (ERROR, "sample with a class both positive and negative"),
     "class-repeated": (ERROR, "sample that lists a class more than once"),

@@ -6,6 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_JSON = 16 * 2**20
+"""Bytes of a sample's JSON that are read at most."""
+_LONGEST_ID = 4096
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -35,8 +39,10 @@ def parse_labels(content: bytes | str, *, needs_index: bool = True) -> Labels:
     missing = [key for key in ("id", "index", "positives", "negatives") if key not in tree]
     if missing:
         raise ValueError(f"no '{missing[0]}'")
-    if not isinstance(tree["id"], str) or not tree["id"]:
-        raise ValueError("'id' is no text")
+    if not isinstance(tree["id"], str) or not 0 < len(tree["id"]) <= _LONGEST_ID:
+        raise ValueError(f"'id' is no text of 1 to {_LONGEST_ID} letters")
+    if any("\ud800" <= letter <= "\udfff" for letter in tree["id"]):
+        raise ValueError("'id' holds half a character")
     if not _is_int(tree["index"]):
         raise ValueError("'index' is no whole number")
     for key in ("positives", "negatives"):
@@ -49,11 +55,14 @@ def check_range(labels: Labels, num_classes: int, num_indices: int) -> None:
     """Refuse labels that do not fit a data set.
 
     Raises:
-        ValueError: if a class or the index is out of range, or a class is present and absent at once.
+        ValueError: if a class or the index is out of range, or a class is listed twice or present and absent at once.
     """
     for label in (*labels.positives, *labels.negatives):
         if not 0 <= label < num_classes:
             raise ValueError(f"class {label} of {num_classes}")
+    for places in (labels.positives, labels.negatives):
+        if len(set(places)) < len(places):
+            raise ValueError("a class is listed twice")
     both = set(labels.positives).intersection(labels.negatives)
     if both:
         raise ValueError(f"class {min(both)} is positive and negative at once")

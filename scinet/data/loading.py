@@ -6,6 +6,8 @@ tensor that it moves between processes.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from itertools import islice, zip_longest
 from typing import Any, NamedTuple
@@ -74,7 +76,7 @@ def _parcels(workers: int, batch_size: int) -> tuple[int, int]:
 
 def _turns(parcels: DataLoader[Any], workers: int) -> Iterator[list[_Parcel]]:
     """Yield one parcel of each process; in the last turn those whose items are over have none."""
-    coming = iter(parcels)
+    coming = _started(parcels)
     try:
         while turn := list(islice(coming, workers)):
             yield turn
@@ -87,6 +89,20 @@ def _turns(parcels: DataLoader[Any], workers: int) -> Iterator[list[_Parcel]]:
             f"a loader process ended before its samples: {reason}; if memory ran out, lower data.workers or "
             "data.shuffle_window"
         ) from error
+
+
+def _started(parcels: DataLoader[Any]) -> Iterator[_Parcel]:
+    """Start the processes, and leave their end to be found where their parcels are waited for.
+
+    torch's handler of SIGCHLD raises wherever this process happens to be, within a backward pass for instance.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(parcels)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(parcels)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _packed(items: list[Any]) -> _Parcel:

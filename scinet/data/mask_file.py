@@ -61,8 +61,9 @@ class MaskTable:
         Raises:
             DataError: if an id comes twice or a class is out of range or positive and negative at once.
         """
-        keys, starts, cells = array("Q"), array("q", [0]), array("i")
+        keys, starts, cells, lines = array("Q"), array("q", [0]), array("i"), array("q")
         for row in rows:
+            lines.append(row.line)
             _check_row(row, num_classes, path)
             keys.append(text_key(row.sample_id))
             # class c is stored as c + 1, a negative one with a minus
@@ -76,7 +77,8 @@ class MaskTable:
         self._keys = unsorted[self._order]
         twice = np.flatnonzero(self._keys[1:] == self._keys[:-1])
         if len(twice):
-            raise DataError(f"mask {path}: sample {int(self._order[twice[0] + 1]) + 1} has the id of an earlier one")
+            first, second = (lines[int(self._order[place])] for place in (twice[0], twice[0] + 1))
+            raise DataError(f"mask {path}: lines {first} and {second} are about the same sample")
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -156,7 +158,7 @@ def read_header(path: Path) -> Header:
                 single_positive=bool(tree.get("single_positive", False)),
                 seed=None if tree.get("seed") is None else int(tree["seed"]),
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"{path} is no mask: its first line must be an object with format '{FORMAT}' and class_names "
                 f"({type(error).__name__} {error})"
@@ -285,6 +287,8 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[Any]:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"mask {path} is no file")
     if not path.is_file():
         beside = [str(found) for found in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ConfigError(f"mask {path} does not exist{nearest(str(path), beside)}")
@@ -308,7 +312,7 @@ def load(path: Path) -> MaskTable:
 
 
 def check_covers(path: Path, card: DataCard) -> None:
-    """Check that a run can train with a mask: the card's classes in its order, and every training sample.
+    """Check that a run can train with a mask: the card's classes in its order, and every training sample that is local.
 
     Raises:
         ConfigError: if the file does not exist.
@@ -321,6 +325,8 @@ def check_covers(path: Path, card: DataCard) -> None:
             f"{path} has the classes in another order than the data card: write it anew with "
             f"`scinet data mask {card.directory} --from {path} --out FILE`"
         )
+    if card.url:
+        return  # it would have to be downloaded: each sample is looked up when it is read
     rows = split_labels(card, "train", lambda *_: None)
     missing = [labels.sample_id for labels in rows if table.find(labels.sample_id) is None]
     if missing:

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from scinet.data.card import DataCard
 from scinet.data.images import IMAGE_FORMATS
-from scinet.data.labels import Labels, check_range, parse_labels
+from scinet.data.labels import LARGEST_JSON, Labels, check_range, parse_labels
 from scinet.data.tar_headers import LocalStream, Tar
 from scinet.errors import DataError
 from scinet.texttable import printable
@@ -65,7 +65,9 @@ def stored_members(path: Path, *, with_images: bool) -> Iterator[StoredMembers]:
                 if current is not None:
                     yield current
                 current = StoredMembers(key)
-            if extension in current.parts:
+            if extension == LABELS and member.size > LARGEST_JSON:
+                current.problems.append(("labels-large", member.name))
+            elif extension in current.parts:
                 current.problems.append(("member-twice", member.name))
             else:
                 is_read = with_images or extension == LABELS

@@ -34,6 +34,10 @@ class RawBytes(Protocol):
         ...
 
 
+class RefusedError(OSError):
+    """An answer that would be the same at the next attempt."""
+
+
 class Opened(Protocol):
     """What :class:`RemoteStream` is given: opens the file at ``offset`` within ``timeout_s``.
 
@@ -126,7 +130,8 @@ class RemoteStream:
                 self.close()
                 pause = FIRST_PAUSE_S * 2**attempt
                 attempt += 1
-                if attempt > self._retries or time.monotonic() + pause >= deadline:
+                is_final = isinstance(error, RefusedError) or attempt > self._retries
+                if is_final or time.monotonic() + pause >= deadline:
                     raise DataError(self._failure(attempt, error)) from error
                 time.sleep(pause)
                 continue

@@ -35,10 +35,9 @@ def check(folder: str) -> None:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_shards={folder} cannot be written: {error.strerror}; name another folder"
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"data.cache_shards={folder} cannot be written: {reason}; name another folder") from error
 
 
 def fetched(shard: Shard, stream: RemoteStream, folder: Path, *, timeout_s: float) -> Path | None:

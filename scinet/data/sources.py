@@ -17,7 +17,7 @@ from scinet.data.tar_headers import LocalStream, Stream
 from scinet.errors import DataError
 from scinet.options import DataOptions
 
-_LARGEST_CARD = 2**30
+_LARGEST_CARD = 2**28
 
 
 def read_card(options: DataOptions, path: str = "") -> DataCard:

@@ -11,13 +11,13 @@ from typing import Any
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from scinet.data.images import IMAGE_FORMATS
+from scinet.data.labels import LARGEST_JSON
 from scinet.data.tar_headers import Member, Stream, Tar
 from scinet.errors import DataError
 from scinet.texttable import printable
 
 IMAGE_EXTENSIONS = tuple(IMAGE_FORMATS)
 _READ_EXTENSIONS = (*IMAGE_EXTENSIONS, "json")
-_LARGEST_JSON = 16 * 2**20
 _LONGEST_NAME = 4096
 _MOST_MEMBERS = 64
 _META = re.compile(r"__[^/]*__($|/)")
@@ -92,6 +92,6 @@ def _content(tar: Tar, member: Member, extension: str, largest: int) -> bytes | 
         return Refused("its name leads out of the shard")
     if member.size > largest:
         return Refused(f"it has {member.size} bytes, more than data.max_member_mb={largest / 2**20:g} allows")
-    if extension == "json" and member.size > _LARGEST_JSON:
-        return Refused(f"it has {member.size} bytes, more than the {_LARGEST_JSON} that labels can take")
+    if extension == "json" and member.size > LARGEST_JSON:
+        return Refused(f"it has {member.size} bytes, more than the {LARGEST_JSON} that labels can take")
     return tar.content(member)

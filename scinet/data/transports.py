@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import os
@@ -13,15 +14,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import fsspec
 from fsspec.registry import known_implementations
 
-from scinet.data.remote import Opened, RawBytes
+from scinet.data.remote import Opened, RawBytes, RefusedError
 from scinet.errors import ConfigError
 
 PIPE = "pipe:"
+_FINAL = (400, 401, 403, 405, 410, 451)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
 
 
@@ -47,11 +49,12 @@ def is_http(url: str) -> bool:
 
 
 def shown(url: str) -> str:
-    """Return a URL without the secrets it may carry: user, password, query."""
-    if not is_http(url):
+    """Return a URL without the secrets it may carry: user, password, query; a folder or a pipe as it is."""
+    if "://" not in url or url.startswith(PIPE):
         return url
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    scheme, _, rest = url.partition("://")
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def check(prefix: str, *, allow_pipe: bool) -> None:
@@ -65,18 +68,25 @@ def check(prefix: str, *, allow_pipe: bool) -> None:
             raise ConfigError(
                 f"data.path={prefix} runs a shell command: set data.allow_pipe=true if you trust it, or name a URL"
             )
-    elif not is_http(prefix):
+    elif is_http(prefix):
+        try:
+            urlsplit(prefix)
+        except ValueError as error:
+            raise ConfigError(f"data.path={shown(prefix)} is no address: {error}") from error
+    else:
         scheme = prefix.partition(":")[0].lower()
         known = known_implementations.get(scheme)
+        if scheme in ("http", "https"):
+            raise ConfigError(f"data.path={shown(prefix)} is no address: it should begin with {scheme}://")
         try:
             fsspec.get_filesystem_class(scheme)
         except ValueError as error:
-            raise ConfigError(f"data.path={prefix}: nothing reads '{scheme}://'") from error
+            raise ConfigError(f"data.path={shown(prefix)}: nothing reads '{scheme}://'") from error
         except ImportError as error:
             package = known["class"].partition(".")[0] if known else scheme
-            raise ConfigError(
-                f"data.path={prefix}: '{scheme}://' is read by {package}, which is not installed: pip install {package}"
-            ) from error
+            # the drivers within fsspec say themselves what they want
+            remedy = f"pip install {package}" if package != "fsspec" else (known or {}).get("err") or error
+            raise ConfigError(f"data.path={shown(prefix)}: '{scheme}://' cannot be read here: {remedy}") from error
 
 
 def opener(url: str) -> Opened:
@@ -88,17 +98,24 @@ def opener(url: str) -> Opened:
 
 class _Http:
     def __init__(self, url: str) -> None:
-        self._url = url
+        parts = urlsplit(url)
+        self._user, _, host = parts.netloc.rpartition("@")
+        self._url = parts._replace(netloc=host).geturl()
 
     def __call__(self, offset: int, timeout_s: float) -> tuple[RawBytes, int, int | None]:
         request = urllib.request.Request(self._url, headers={"Accept-Encoding": "identity", "User-Agent": "scinet"})
+        if self._user:
+            # not on to where a redirect leads
+            secret = base64.b64encode(unquote(self._user).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {secret}")
         if offset:
             request.add_header("Range", f"bytes={offset}-")
         try:
             response = _client().open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             error.close()
-            raise OSError(f"HTTP {error.code} {error.reason}") from None
+            kind = RefusedError if error.code in _FINAL else OSError
+            raise kind(f"HTTP {error.code} {error.reason}") from None
         except urllib.error.URLError as error:
             raise (error.reason if isinstance(error.reason, OSError) else OSError(str(error.reason))) from None
         except http.client.HTTPException as error:

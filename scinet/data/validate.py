@@ -89,6 +89,9 @@ def _usable_shards(card: DataCard, findings: Findings) -> list[tuple[str, Shard]
     for name, times in Counter(card.class_names).items():
         if times > 1:
             findings.add("card-classes", f"'{name}'")
+    num_samples = sum(split.num_samples for split in card.splits.values())
+    if card.num_indices < num_samples:
+        findings.add("card-counts", f"{card.num_indices} indices, {num_samples} samples")
     usable: list[tuple[str, Shard]] = []
     seen: set[str] = set()
     for split_name, split in card.splits.items():

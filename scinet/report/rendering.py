@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _MAX_IMAGE_SIDE = 440
+_NO_CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "�")
 _logger = logging.getLogger(__name__)
 
 
@@ -50,7 +51,7 @@ def image_source(content: bytes, name: str) -> str | None:
 
 
 def render(template: str, **content: Any) -> str:
-    """Return a page of `scinet/report`; every value is escaped."""
+    """Return a page of `scinet/report`; every value is escaped, and control characters are replaced."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -59,6 +60,7 @@ def render(template: str, **content: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: value.translate(_NO_CONTROLS) if isinstance(value, str) else value,
     )
     return environment.get_template(template).render(content)
 

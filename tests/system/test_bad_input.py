@@ -103,6 +103,18 @@ def test_damaged_card_is_named(refused: Any, own_scenes: Path) -> None:
     refused(FAILURE, [f"data.path={own_scenes}"], str(own_scenes / "dataset.json"))
 
 
+@pytest.mark.parametrize(("split", "purpose"), [("holdout", "select the best epoch by"), ("test", "test on")])
+def test_split_that_a_run_needs_is_named_before_the_run(
+    refused: Any, own_scenes: Path, split: str, purpose: str
+) -> None:
+    card = json.loads((own_scenes / "dataset.json").read_text())
+    del card["splits"][split]
+    (own_scenes / "dataset.json").write_text(json.dumps(card))
+    refused(
+        USAGE, [f"data.path={own_scenes}"], str(own_scenes), f"no samples to {purpose} (split '{split}'", "--holdout"
+    )
+
+
 def test_mask_file_without_a_training_sample_is_named_before_the_run(
     refused: Any, scinet: Any, scenes: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +147,7 @@ def test_truncated_tar_is_named_when_its_size_is_wrong(refused: Any, own_scenes:
 
 def test_truncated_tar_is_named_when_only_reading_meets_it(refused: Any, own_scenes: Path) -> None:
     shard = "train-000000.tar"
-    _resize(own_scenes, shard, (own_scenes / shard).read_bytes()[:50_000])
+    _resize(own_scenes, shard, (own_scenes / shard).read_bytes()[:100_000])
     refused(FAILURE, [f"data.path={own_scenes}"], str(own_scenes / shard))
 
 

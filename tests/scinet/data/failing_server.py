@@ -24,6 +24,7 @@ class FailingServer:
         self.faults: dict[str, list[tuple[str, Any]]] = defaultdict(list)
         self.always: dict[str, tuple[str, Any]] = {}
         self.requests: list[tuple[str, int]] = []  # file and first byte
+        self.headers: list[dict[str, str]] = []
         self.stopping = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -51,6 +52,7 @@ def _handler(server: FailingServer) -> type[BaseHTTPRequestHandler]:
             name = self.path.rpartition("/")[2]
             asked = int(self.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
             server.requests.append((name, asked))
+            server.headers.append(dict(self.headers))
             queue = server.faults[name]
             fault, value = queue.pop(0) if queue else server.always.get(name, ("", 0))
             path = server.folder / name

@@ -96,13 +96,52 @@ def test_shard_is_named_when_its_size_is_wrong(folder: Path, change: int) -> Non
 def test_shard_is_refused_when_its_name_holds_a_path(folder: Path, name: str) -> None:
     (folder.parent / "train-000000.tar").write_bytes((folder / "train-000000.tar").read_bytes())
     _edit(folder, lambda tree: tree["splits"]["train"]["shards"][0].update(file=name))
-    with pytest.raises(DataError, match=r"plain file name|missing"):
+    with pytest.raises(DataError, match=r"plain file name|missing|name of 0 letters"):
         card.read(folder)
 
 
 def test_card_is_refused_when_the_counts_are_of_other_classes(folder: Path) -> None:
     _edit(folder, lambda tree: tree["class_names"].append("fourth"))
     with pytest.raises(DataError, match="'train' counts 3 classes, the card names 4"):
+        card.read(folder)
+
+
+def _set(*keys: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(tree: Any) -> None:
+        for key in keys[:-1]:
+            tree = tree[key]
+        tree[keys[-1]] = to
+
+    return edit
+
+
+_TRAIN = ("splits", "train")
+_SHARD = (*_TRAIN, "shards", 0)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (_set("format", to="scinet-shards-99"), "format 'scinet-shards-99', expected 'scinet-shards-1'"),
+        (_set("class_names", to=[]), "no class or no split"),
+        (_set("splits", to={}), "no class or no split"),
+        (_set("num_indices", to=6), "6 indices are too few for its 7 samples"),
+        (_set("num_indices", to=-1), "-1 where a count should be"),
+        (_set(*_TRAIN, "num_samples", to=6), "split 'train' has 6 samples, its shards 7 in all"),
+        (_set(*_TRAIN, "num_samples", to=2**70), "where a count should be"),
+        (_set(*_TRAIN, "num_samples", to=float("inf")), "inf where a count should be"),
+        (_set(*_TRAIN, "num_positives", 0, to=-3), "-3 where a count should be"),
+        (_set(*_TRAIN, "num_negatives", to=[1]), "'train' counts 1 classes, the card names 3"),
+        (_set(*_SHARD, "num_samples", to=10**12), "1000000000000 samples in a shard of"),
+        (_set(*_SHARD, "num_samples", to=True), "True where a count should be"),
+        (_set(*_SHARD, "file", to="x" * 5000), "a shard's name of 5000 letters"),
+    ],
+)
+def test_card_is_refused_when_its_counts_cannot_be(
+    folder: Path, edit: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    _edit(folder, edit)
+    with pytest.raises(DataError, match=words):
         card.read(folder)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.sharedctypes import Synchronized
@@ -16,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from scinet.data.examples import Example
 from scinet.data.loading import loaded, num_waiting
 from scinet.data.views import Box, Drawn
+from scinet.errors import DataError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -54,6 +57,26 @@ def test_items_come_in_the_streams_order_whatever_carries_them(workers: int, bat
         assert item.drawn.cutouts == want.drawn.cutouts
         assert item.sample_id == want.sample_id
         assert [part.tolist() for part in (*item.known, *item.observed)] == [[item.index], [1]] * 2
+
+
+class _Deadly(_Numbers):
+    """Ends its process at the hundredth number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            if number == 100:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield number
+
+
+def test_death_of_a_process_is_said_where_its_items_are_waited_for() -> None:
+    items = loaded(_Deadly(1000), workers=1, batch_size=32)
+    next(items)
+    # the process is dead long before this is over, and nothing may be raised here
+    for _ in range(40):
+        time.sleep(0.05)
+    with pytest.raises(DataError, match=r"a loader process ended.*lower data\.workers"):
+        list(items)
 
 
 @pytest.mark.parametrize(("workers", "batch_size"), [(1, 64), (2, 64), (3, 5), (2, 1000)])

@@ -98,11 +98,22 @@ def test_line_is_named_when_it_is_wrong(tmp_path: Path, line: str, words: str) -
 
 
 def test_id_is_refused_when_it_comes_twice(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="sample 3 has the id of an earlier one"):
-        MaskTable([*ROWS, Row("a", (), ())], 3, tmp_path)
+    with pytest.raises(DataError, match="lines 2 and 9 are about the same sample"):
+        MaskTable([*(row._replace(line=n) for n, row in enumerate(ROWS, start=2)), Row("a", (), (), 9)], 3, tmp_path)
 
 
-@pytest.mark.parametrize("first", ["", "{}", '{"format": "other"}', "[1]", '{"format": "scinet-mask-1"}'])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "{}",
+        "[" * 100_000,
+        '{"format": "scinet-mask-1", "class_names": [], "seed": 1e400}',
+        '{"format": "other"}',
+        "[1]",
+        '{"format": "scinet-mask-1"}',
+    ],
+)
 def test_file_is_refused_when_its_header_is_none(tmp_path: Path, first: str) -> None:
     (tmp_path / "m.jsonl").write_text(first + "\n")
     with pytest.raises(DataError, match="is no mask"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from scinet.data import shardcache, sources
+from scinet.data import shardcache, sources, transports
 from scinet.data.card import CARD_NAME, DataCard
 from scinet.data.stream import BadSample, Order, SampleStream
 from scinet.errors import ConfigError, DataError
@@ -314,6 +315,48 @@ def test_package_is_named_when_the_driver_is_missing(scheme: str, package: str) 
 def test_scheme_is_named_when_nothing_reads_it() -> None:
     with pytest.raises(ConfigError, match="'gopher://'"):
         _read("gopher://host/set")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("http:/127.0.0.1/set", "it should begin with http://"),
+        ("http://[::1/set", "is no address"),
+        ("sftp://u:SECRET@host/set", "data.path=sftp://host/set: 'sftp://' cannot be read here: .*paramiko"),
+    ],
+)
+def test_address_is_refused_when_it_cannot_be_opened(path: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        _read(path)
+    assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://u:p@h:1/a b/c?sig=S#x", "https://h:1/a b/c"),
+        ("http://h?sig=a@b/c", "http://h"),
+        ("s3://key:S@bucket/a", "s3://bucket/a"),
+        ("data.path=https://h/a?sig=S", "data.path=https://h/a"),
+        ("pipe:curl https://h/a?b", "pipe:curl https://h/a?b"),
+        ("data/mine", "data/mine"),
+    ],
+)
+def test_secrets_are_not_shown(url: str, shown: str) -> None:
+    assert transports.shown(url) == shown
+
+
+def test_user_is_sent_to_the_server_when_the_address_names_one(serve: Callable[..., FailingServer]) -> None:
+    server = serve()
+    assert len(_read(server.url.replace("http://", "http://me:p%40ss@"))) == NUM_SAMPLES
+    assert server.headers[-1]["Authorization"] == "Basic " + base64.b64encode(b"me:p@ss").decode()
+
+
+def test_answer_is_final_when_it_would_be_the_same_again(serve: Callable[..., FailingServer]) -> None:
+    server = serve()
+    server.always[CARD_NAME] = ("status", 403)
+    assert "HTTP 403 Forbidden" in _refusal(server.url)
+    assert server.asked(CARD_NAME) == [0]
 
 
 def test_card_is_refused_when_a_checksum_could_lead_out_of_the_cache(

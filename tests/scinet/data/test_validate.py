@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from scinet.data.building import BuildOptions, build
 from scinet.data.card import CARD_NAME, DataCard
 from scinet.data.findings import ERROR, KINDS, NUM_EXAMPLES, WARNING, Findings
 from scinet.data.members import IMAGE_FORMATS
 from scinet.data.stream import IMAGE_EXTENSIONS
 from scinet.data.validate import validate
 from scinet.errors import ConfigError, DataError
-from tests.scinet.conftest import MakeImage, MakeSamples, MakeShards, RawSample
+from tests.scinet.conftest import MakeImage, MakeSamples, MakeShards, RawSample, collect
 
 Members = list[tuple[str, bytes]]
 SHARD = "train-000000.tar"
@@ -94,6 +96,16 @@ def _reorder(folder: Path, edit: Callable[[Members], Members]) -> None:
 
 def test_nothing_is_found_when_nothing_is_wrong(folder: Path) -> None:
     assert _check(folder).counts == {}
+
+
+def test_nothing_is_found_when_broken_images_were_left_out(make_samples: MakeSamples, tmp_path: Path) -> None:
+    samples = make_samples(7)
+    samples[2] = dataclasses.replace(samples[2], image=b"no image")
+    collection = collect(samples, tmp_path)
+    options = BuildOptions(holdout=0, shard_samples=3, skip_missing=True)
+    card = build(lambda _: collection, tmp_path / "out", options, lambda *_: None)
+    assert (card.num_indices, card.split("train").num_samples) == (7, 6)
+    assert _check(card.directory).counts == {}
 
 
 def test_image_members_are_those_that_training_reads() -> None:
