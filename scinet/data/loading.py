@@ -80,11 +80,12 @@ def _turns(parcels: DataLoader[Any], workers: int) -> Iterator[list[_Parcel]]:
     try:
         while turn := list(islice(coming, workers)):
             yield turn
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        # beside torch's own words, what its sockets say when a process ends while it hands over a parcel
+        is_torchs = str(error).startswith("DataLoader worker")
+        if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and not is_torchs):
             raise
-        # torch names the signal or only says "unexpectedly", whichever of its two watchers comes first
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise DataError(
             f"a loader process ended before its samples: {reason}; if memory ran out, lower data.workers or "
             "data.shuffle_window"
