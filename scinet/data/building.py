@@ -64,7 +64,7 @@ def build(collect: Callable[[Path], Collection], out: Path, options: BuildOption
         BuildInterrupted: on Ctrl-C.
     """
     with Workshop.open(out, restart=options.restart) as workshop, _told(workshop):
-        collection = collect(workshop.scratch)
+        collection = _collected(collect, workshop.scratch)
         _check_classes(collection.class_names)
         holdout = collection.holdout if options.holdout is None else options.holdout
         workshop.claim(
@@ -87,6 +87,14 @@ def build(collect: Callable[[Path], Collection], out: Path, options: BuildOption
         write_card(plan, collection, workshop)
         workshop.finish()
     return card.read(out)
+
+
+def _collected(collect: Callable[[Path], Collection], scratch: Path) -> Collection:
+    try:
+        return collect(scratch)
+    except BrokenImageError as error:
+        # a list, not an image: there is nothing to leave out
+        raise DataError(f"{error}; download the archive again") from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,4 +125,17 @@ def test_image_outside_the_source_is_never_read_when_a_list_names_one(
     text = _instances("val2014", {1: [1]}, images=[{"id": 1, "file_name": "../../secret.jpg"}])
     (coco2014 / "annotations/instances_val2014.json").write_text(text)
     with pytest.raises(DataError, match=r"1 of 4 images are missing \(val2014/../../secret.jpg\)"):
+        build_from(partial(collection, CocoOptions(coco2014, 2014)))
+
+
+def test_list_is_refused_when_a_bit_of_its_archive_has_changed(coco2014: Path, build_from: Build) -> None:
+    with zipfile.ZipFile(coco2014 / "annotations_trainval2014.zip", "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted((coco2014 / "annotations").iterdir()):
+            archive.write(path, f"annotations/{path.name}")
+            path.unlink()
+    content = (coco2014 / "annotations_trainval2014.zip").read_bytes()
+    changed = content.replace(b'"image_id": 42', b'"image_id": 58', 1) if b'"image_id": 42' in content else b""
+    assert changed
+    (coco2014 / "annotations_trainval2014.zip").write_bytes(changed)
+    with pytest.raises(DataError, match=r"json is damaged: its checksum .*; download the archive again"):
         build_from(partial(collection, CocoOptions(coco2014, 2014)))
