@@ -160,23 +160,32 @@ class ImageBatches:
         rows = (self.steps_per_epoch - start_step) * share.global_batch_size // share.world_size
         examples = chain(map(self._bad.checked, items), repeat(None))
         for _ in range(rows // share.micro_batch_size):
-            yield self._collate(list(islice(examples, share.micro_batch_size)))
+            yield self._collated(islice(examples, share.micro_batch_size))
 
-    def _collate(self, examples: list[Example | None]) -> Batch:
-        num_views, side = len(self._view_names), self._views.image_size
-        inputs = self._buffers.take(num_views, len(examples), 3, side, side)
+    def _collated(self, examples: Iterator[Example | None]) -> Batch:
+        """Take a batch's examples one by one, and write each to its place while its pixels are in the cache."""
+        num_views, side, size = len(self._view_names), self._views.image_size, self._share.micro_batch_size
+        inputs = self._buffers.take(num_views, size, 3, side, side)
+        known: list[Cells | None] = []
+        observed: list[Cells | None] = []
+        index, ids = [], []
         for place, example in enumerate(examples):
             if example is None:
                 inputs[:, place] = 0
             else:
                 self._views.normalise(example.drawn, inputs[:, place])
+            known.append(example.known if example else None)
+            observed.append(example.observed if example else None)
+            index.append(example.index if example else -1)
+            ids.append(example.sample_id if example else "")
+        places = torch.tensor(index)
         return Batch(
             inputs=inputs.flatten(0, 1),
-            observed=_dense([e.observed if e else None for e in examples], self._card.num_classes),
-            truth=_dense([e.known if e else None for e in examples], self._card.num_classes),
-            index=torch.tensor([e.index if e else -1 for e in examples]),
-            ids=tuple(e.sample_id if e else "" for e in examples),
-            valid=torch.tensor([e is not None for e in examples]),
+            observed=_dense(observed, self._card.num_classes),
+            truth=_dense(known, self._card.num_classes),
+            index=places,
+            ids=tuple(ids),
+            valid=places >= 0,
         )
 
 

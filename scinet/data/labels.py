@@ -43,10 +43,10 @@ def parse_labels(content: bytes | str, *, needs_index: bool = True) -> Labels:
         raise ValueError(f"'id' is no text of 1 to {_LONGEST_ID} letters")
     if any("\ud800" <= letter <= "\udfff" for letter in tree["id"]):
         raise ValueError("'id' holds half a character")
-    if not _is_int(tree["index"]):
+    if not _are_ints([tree["index"]]):
         raise ValueError("'index' is no whole number")
     for key in ("positives", "negatives"):
-        if not isinstance(tree[key], list) or not all(_is_int(label) for label in tree[key]):
+        if not isinstance(tree[key], list) or (tree[key] and not _are_ints(tree[key])):
             raise ValueError(f"'{key}' is no list of whole numbers")
     return Labels(tree["id"], tree["index"], tuple(tree["positives"]), tuple(tree["negatives"]))
 
@@ -70,6 +70,6 @@ def check_range(labels: Labels, num_classes: int, num_indices: int) -> None:
         raise ValueError(f"index {labels.index} of {num_indices}")
 
 
-def _is_int(value: Any) -> bool:
-    # json reads integers of any length; those beyond 64 bits fit no array
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62
+def _are_ints(values: Any) -> bool:
+    # json reads integers of any length; those beyond 64 bits fit no array. A bool is another type than int.
+    return set(map(type, values)) <= {int} and all(-(2**62) < end < 2**62 for end in (min(values), max(values)))

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from scinet.data.examples import Example
 from scinet.data.views import Drawn
 from scinet.errors import DataError
 
 _BATCHES_AHEAD = 2
-_PARCEL = 8
+_PARCEL = 16
 # each holds an open file until it is taken, and a process may have 1,024
 _MOST_PARCELS_AHEAD = 16
 
@@ -114,7 +114,8 @@ def _packed(items: list[Any]) -> _Parcel:
         else item
         for item in items
     ]
-    return _Parcel(torch.stack(pixels) if pixels else torch.empty(0), rest)
+    # torch's collating, unlike its stack(), writes where the other process reads
+    return _Parcel(default_collate(pixels) if pixels else torch.empty(0), rest)
 
 
 def _unpacked(parcel: _Parcel) -> Iterator[Any]:

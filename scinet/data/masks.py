@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -59,9 +60,14 @@ def uniforms(sample_id: str, num_classes: int, seed: int) -> npt.NDArray[np.floa
     Returns:
         [C] float64 in [0, 1); a cell is known at ratio rho iff its value is below rho, so masks are nested over rho.
     """
+    return _unit_interval(mix(_cell_keys(num_classes, seed) ^ np.uint64(text_key(sample_id))))
+
+
+@lru_cache(maxsize=8)
+def _cell_keys(num_classes: int, seed: int) -> npt.NDArray[np.uint64]:
+    """Return what the classes of one seed have in common over all samples: [C] uint64."""
     # mixed twice: once, like the classes, class a of seed b would be class b of seed a
-    start = np.uint64(text_key(sample_id)) ^ mix(mix(np.array([seed], dtype=np.uint64)))[0]
-    return _unit_interval(mix(mix(np.arange(num_classes, dtype=np.uint64)) ^ start))
+    return np.bitwise_xor(mix(np.arange(num_classes, dtype=np.uint64)), mix(mix(np.array([seed], dtype=np.uint64))))
 
 
 def observe(
