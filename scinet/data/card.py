@@ -225,8 +225,8 @@ def _split(tree: dict[str, Any]) -> Split:
 
 def _shard(tree: dict[str, Any]) -> Shard:
     shard = Shard(str(tree["file"]), _count(tree["num_samples"]), _count(tree["num_bytes"]), str(tree["sha256"]))
-    if not 0 < len(shard.file) <= _LONGEST_NAME:
-        raise ValueError(f"a shard's name of {len(shard.file)} letters")
+    if not 0 < len(shard.file) <= _LONGEST_NAME or not shard.file.isprintable():
+        raise ValueError(f"a shard's name of {len(shard.file)} letters, expected up to {_LONGEST_NAME} that print")
     if shard.num_samples * _LEAST_SAMPLE_BYTES > shard.num_bytes:
         raise ValueError(f"{shard.num_samples} samples in a shard of {shard.num_bytes} bytes")
     return shard

@@ -135,6 +135,7 @@ _SHARD = (*_TRAIN, "shards", 0)
         (_set(*_SHARD, "num_samples", to=10**12), "1000000000000 samples in a shard of"),
         (_set(*_SHARD, "num_samples", to=True), "True where a count should be"),
         (_set(*_SHARD, "file", to="x" * 5000), "a shard's name of 5000 letters"),
+        (_set(*_SHARD, "file", to="\x1b[31m.tar"), "a shard's name of 9 letters, expected up to 255 that print"),
     ],
 )
 def test_card_is_refused_when_its_counts_cannot_be(

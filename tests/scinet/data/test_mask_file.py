@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -205,6 +206,8 @@ def test_mask_covers_when_every_training_sample_is_there(tmp_path: Path, make_sh
     path.write_text("\n".join([lines[0], *lines[3:]]) + "\n")
     with pytest.raises(DataError, match="no sample 'train-0000'; 2 of 12 training samples are missing"):
         mask_file.check_covers(path, card)
+    # shards elsewhere are not downloaded for it: their samples are looked up as they come
+    mask_file.check_covers(path, dataclasses.replace(card, url="http://127.0.0.1:1/set"))
 
     tree = json.loads(lines[0]) | {"class_names": ["dog", "cat", "owl"]}
     path.write_text("\n".join([json.dumps(tree), *lines[1:]]) + "\n")
