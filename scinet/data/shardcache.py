@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.05
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _given_up: set[Path] = set()  # folders this process no longer writes to, each of which was warned about once
+_checked: set[tuple[Path, int, int]] = set()  # shards that this process has hashed: path, time of change, inode
 
 
 def check(folder: str) -> None:
@@ -63,8 +65,12 @@ def fetched(shard: Shard, stream: RemoteStream, folder: Path, *, timeout_s: floa
             if not is_ours:
                 return None
             if not _is_whole(path, shard):
+                if path.exists():
+                    _log.warning("the cached shard %s is damaged: it is fetched again", path)
                 _download(stream, part)
                 os.replace(part, path)
+                status = path.stat()
+                _checked.add((path, status.st_mtime_ns, status.st_ino))
     except OSError as error:
         _given_up.add(folder)
         reason = "is full" if error.errno in _FULL else f"cannot be written ({error.strerror})"
@@ -76,8 +82,17 @@ def fetched(shard: Shard, stream: RemoteStream, folder: Path, *, timeout_s: floa
 
 
 def _is_whole(path: Path, shard: Shard) -> bool:
+    """Tell whether a shard is there as the card says; its bytes are checked once a process."""
     with contextlib.suppress(OSError):
-        return path.stat().st_size == shard.num_bytes
+        status = path.stat()
+        state = (path, status.st_mtime_ns, status.st_ino)
+        if status.st_size != shard.num_bytes or state in _checked:
+            return status.st_size == shard.num_bytes
+        with path.open("rb") as file:
+            is_same = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        if is_same:
+            _checked.add(state)
+        return is_same
     return False
 
 

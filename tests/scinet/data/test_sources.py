@@ -317,6 +317,24 @@ def test_scheme_is_named_when_nothing_reads_it() -> None:
         _read("gopher://host/set")
 
 
+def test_cached_shard_is_fetched_again_when_a_bit_of_it_has_changed(
+    serve: Callable[..., FailingServer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, cache = serve(), tmp_path / "cache"
+    assert _read(server.url, cache_shards=str(cache)) == _all_ids()
+    before = len(server.requests)
+    assert _read(server.url, cache_shards=str(cache)) == _all_ids()
+    assert len(server.requests) == before + 1, "only the card"
+    path = next(cache.glob("*.tar"))
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    assert _read(server.url, cache_shards=str(cache)) == _all_ids()
+    assert len(server.requests) == before + 3, "the card and the damaged shard"
+    assert caplog.text.count(f"{path} is damaged: it is fetched again") == 1
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [
