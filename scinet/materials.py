@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +68,17 @@ def check(options: Options) -> DataCard:
     if options.data.mask_file:
         mask_file.check_covers(Path(options.data.mask_file), card)
     return card
+
+
+def doubts(card: DataCard) -> Iterator[str]:
+    """Yield what makes the figures of a run on this data say little."""
+    for name in ("holdout", "test"):
+        split = card.splits.get(name)
+        if split is not None and not any(split.num_negatives):
+            yield (
+                f"split '{name}' of {sources.place(card)} has no label that is known to be absent, so its mAP is 100 "
+                "whatever a model says"
+            )
 
 
 def share_of(options: Options, ranks: Ranks) -> Share:

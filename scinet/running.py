@@ -84,6 +84,8 @@ def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
 
 def _carry_out(options: Options, ranks: Ranks, voice: Voice, directory: RunDirectory, started: float) -> dict[str, Any]:
     made = materials.gather(options, ranks, voice.progress)
+    for doubt in materials.doubts(made.card):
+        voice.say(f"warning: {doubt}")
     evaluation: dict[str, Any] = {
         "class_names": list(made.card.class_names),
         "zero_shot": zero_shot(options, made, ranks),
