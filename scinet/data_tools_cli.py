@@ -49,8 +49,7 @@ def validate(
     else:
         rows = [(one["level"], str(one["count"]), KINDS[one["kind"]][1], "; ".join(one["examples"])) for one in found]
         print(table(("level", "count", "finding", "first"), rows) if rows else "", end="")
-        samples = sum(split.num_samples for split in card.splits.values())
-        print(f"{directory}: {samples} samples, {num_errors} errors, {num_warnings} warnings")
+        print(f"{directory}: {card.num_samples} samples, {num_errors} errors, {num_warnings} warnings")
     if num_errors:
         raise typer.Exit(1)
 

@@ -74,7 +74,7 @@ class Need:
 def of_card(card: DataCard) -> DataSize:
     """Return the sizes of a data set that is there."""
     splits = list(card.splits.values())
-    num_samples = sum(split.num_samples for split in splits)
+    num_samples = card.num_samples
     if not num_samples:
         raise DataError(f"{card.where} lists no sample")
     positives, negatives = (sum(sum(getattr(s, key)) for s in splits) for key in ("num_positives", "num_negatives"))

@@ -57,7 +57,7 @@ def write_page(card: DataCard, path: Path, num_samples: int, progress: Callable[
     found = census.take(card, _MOST_PAIRED_CLASSES, progress)
     try:
         write_data_page(path, card, found, num_samples)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, ValueError) as error:
         raise DataError(f"a shard of {card.directory} is damaged ({error}): see `scinet data validate`") from error
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error

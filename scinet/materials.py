@@ -60,10 +60,9 @@ def check(options: Options) -> DataCard:
     for split, purpose in _PURPOSES.items():
         is_needed = split == "test" or options.method is not Method.zero_shot
         if is_needed and (split not in card.splits or not card.splits[split].num_samples):
-            has = ", ".join(f"{name} {found.num_samples}" for name, found in card.splits.items())
             raise ConfigError(
-                f"{sources.place(card)} has no samples to {purpose} (split '{split}'; it has {has}): build it anew "
-                "with another --holdout share, or more --test samples"
+                f"{sources.place(card)} has no samples to {purpose} (split '{split}'; it has {card.listing}): build it "
+                "anew with another --holdout share, or more --test samples"
             )
     if options.data.mask_file:
         mask_file.check_covers(Path(options.data.mask_file), card)

@@ -23,6 +23,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "".join(f"{line}\n" for line in shown)
 
 
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written at all: JSON may hold half of a pair of surrogates."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def printable(text: str, *, limit: int = _WIDEST_CELL) -> str:
     """Return a text that no terminal obeys: letters that do not print are escaped, and its end is cut."""
     safe = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -26,6 +26,7 @@ from scinet.data.shards import ShardTask, read_report, write_shard
 from scinet.data.totals import write_card
 from scinet.data.workshop import Workshop
 from scinet.errors import BuildInterrupted, DataError
+from scinet.texttable import is_unicode
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _check_classes(names: list[str]) -> None:
     for number, name in enumerate(names):
         if not name.strip():
             raise DataError(f"class {number} has no name")
-        if any("\ud800" <= letter <= "\udfff" for letter in name):
+        if not is_unicode(name):
             raise DataError(f"class name {name!a} holds half a character: it is no Unicode text")
     repeated = [name for name, times in Counter(names).items() if times > 1]
     if repeated:
@@ -133,14 +134,14 @@ def _check_missing(plan: Plan, workshop: Workshop, *, skip_missing: bool) -> Non
     if not plan.num_missing:
         return
     names = ", ".join(plan.first_missing) + (", ..." if plan.num_missing > len(plan.first_missing) else "")
-    count = f"{plan.num_missing} of {plan.num_records} images are missing ({names})"
+    missing = f"{plan.num_records} images are missing ({names})"
     if not plan.num_indices:
-        raise DataError(f"all {count.partition(' of ')[2]}: is it the right folder?")
+        raise DataError(f"all {missing}: is it the right folder?")
     if not skip_missing:
         workshop.keep()
         raise DataError(
-            f"{count}; {plan.folder / MISSING_NAME} lists them all: put them there, or leave them out with "
-            "`--missing skip`"
+            f"{plan.num_missing} of {missing}; {plan.folder / MISSING_NAME} lists them all: put them there, or leave "
+            "them out with `--missing skip`"
         )
 
 

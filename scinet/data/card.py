@@ -87,6 +87,16 @@ class DataCard:
         """C."""
         return len(self.class_names)
 
+    @property
+    def num_samples(self) -> int:
+        """Of all splits together."""
+        return sum(split.num_samples for split in self.splits.values())
+
+    @property
+    def listing(self) -> str:
+        """Each split with its number of samples, for messages."""
+        return ", ".join(f"{name} ({split.num_samples})" for name, split in self.splits.items())
+
     def split(self, name: str) -> Split:
         """Return a split.
 
@@ -94,8 +104,7 @@ class DataCard:
             DataError: if the card has none of that name, or it is empty.
         """
         if name not in self.splits or not self.splits[name].num_samples:
-            has = ", ".join(f"{key} ({value.num_samples})" for key, value in self.splits.items())
-            raise DataError(f"{self.where} has no samples in split '{name}'; it has {has}")
+            raise DataError(f"{self.where} has no samples in split '{name}'; it has {self.listing}")
         return self.splits[name]
 
     def shard_paths(self, name: str) -> list[Path]:
@@ -243,9 +252,8 @@ def _count(value: Any) -> int:
 
 
 def _check(card: DataCard, path: str) -> None:
-    num_samples = sum(split.num_samples for split in card.splits.values())
-    if card.num_indices < num_samples:
-        raise DataError(f"{path}: {card.num_indices} indices are too few for its {num_samples} samples")
+    if card.num_indices < card.num_samples:
+        raise DataError(f"{path}: {card.num_indices} indices are too few for its {card.num_samples} samples")
     for name, split in card.splits.items():
         for counts in (split.num_positives, split.num_negatives):
             if len(counts) != card.num_classes:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from scinet.texttable import is_unicode
+
 LARGEST_JSON = 16 * 2**20
 """Bytes of a sample's JSON that are read at most."""
 _LONGEST_ID = 4096
@@ -41,7 +43,7 @@ def parse_labels(content: bytes | str, *, needs_index: bool = True) -> Labels:
         raise ValueError(f"no '{missing[0]}'")
     if not isinstance(tree["id"], str) or not 0 < len(tree["id"]) <= _LONGEST_ID:
         raise ValueError(f"'id' is no text of 1 to {_LONGEST_ID} letters")
-    if any("\ud800" <= letter <= "\udfff" for letter in tree["id"]):
+    if not is_unicode(tree["id"]):
         raise ValueError("'id' holds half a character")
     if not _are_ints([tree["index"]]):
         raise ValueError("'index' is no whole number")

@@ -102,7 +102,7 @@ def labels_of(path: Path, num_samples: int) -> Iterator[Labels]:
                     f"shard {path}, sample '{printable(stored.key)}': its labels are not usable: {error}"
                 ) from error
             found += 1
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"shard {path} is damaged after sample {found} of {num_samples}: {error}") from error
     if found != num_samples:
         raise DataError(f"shard {path} holds {found} samples, the data card says {num_samples}")

@@ -20,6 +20,7 @@ from scinet.data.card import SPLITS
 from scinet.data.masks import text_key, uniform
 from scinet.data.records import Collection, Progress, Record
 from scinet.errors import DataError
+from scinet.texttable import is_unicode
 
 MISSING_NAME = "missing.txt"
 _NUM_NAMED = 3
@@ -149,10 +150,9 @@ def missing_line(sample_id: str, where: str, reason: str) -> str:
 
 
 def _key(sample_id: str) -> int:
-    try:
-        return text_key(sample_id)
-    except UnicodeEncodeError as error:
-        raise DataError(f"sample id {sample_id!a} holds half a character: it is no Unicode text") from error
+    if not is_unicode(sample_id):
+        raise DataError(f"sample id {sample_id!a} holds half a character: it is no Unicode text")
+    return text_key(sample_id)
 
 
 def _split(record: Record, holdout: float) -> str:

@@ -69,8 +69,6 @@ def fetched(shard: Shard, stream: RemoteStream, folder: Path, *, timeout_s: floa
                     _log.warning("the cached shard %s is damaged: it is fetched again", path)
                 _download(stream, part)
                 os.replace(part, path)
-                status = path.stat()
-                _checked.add((path, status.st_mtime_ns, status.st_ino))
     except OSError as error:
         _given_up.add(folder)
         reason = "is full" if error.errno in _FULL else f"cannot be written ({error.strerror})"

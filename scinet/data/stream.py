@@ -274,6 +274,6 @@ def _parse(sample: dict[str, Any], card: DataCard) -> StoredSample:
         labels = parse_labels(sample["json"])
         check_range(labels, card.num_classes, card.num_indices)
     except ValueError as error:
-        raise DataError(f"{where}: its labels are not usable: {printable(str(error))}") from error
+        raise DataError(f"{where}: its labels are not usable: {error}") from error
     positives, negatives = (np.array(places, dtype=np.int32) for places in (labels.positives, labels.negatives))
     return StoredSample(labels.sample_id, labels.index, image, positives, negatives, card.num_classes, where)

@@ -63,21 +63,21 @@ def check(prefix: str, *, allow_pipe: bool) -> None:
     Raises:
         ConfigError: for a pipe that is not allowed, or a scheme without its driver.
     """
+    scheme = prefix.partition(":")[0].lower()
     if prefix.startswith(PIPE):
         if not allow_pipe:
             raise ConfigError(
                 f"data.path={prefix} runs a shell command: set data.allow_pipe=true if you trust it, or name a URL"
             )
-    elif is_http(prefix):
+    elif scheme in ("http", "https"):
+        if not is_http(prefix):
+            raise ConfigError(f"data.path={shown(prefix)} is no address: it should begin with {scheme}://")
         try:
             urlsplit(prefix)
         except ValueError as error:
             raise ConfigError(f"data.path={shown(prefix)} is no address: {error}") from error
     else:
-        scheme = prefix.partition(":")[0].lower()
         known = known_implementations.get(scheme)
-        if scheme in ("http", "https"):
-            raise ConfigError(f"data.path={shown(prefix)} is no address: it should begin with {scheme}://")
         try:
             fsspec.get_filesystem_class(scheme)
         except ValueError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scinet.data.formats.lines import LineFile
-from scinet.data.formats.table_rows import Row, Rows, TableOptions, image_name
+from scinet.data.formats.table_rows import Row, Rows, TableOptions, class_places, image_name
 from scinet.errors import ConfigError, DataError, nearest
 
 UNLISTED = "unlisted"
@@ -196,13 +196,7 @@ def _read_list_column(options: TableOptions, column: str, declared: list[str] | 
             f"{options.labels} line {comma}: column '{column}' holds commas but no ';' or '|': say what separates its "
             "names with --separator ','"
         )
-    names = declared or sorted(seen)
-    position = {name: number for number, name in enumerate(names)}
-    for name, line in seen.items():
-        if name not in position:
-            raise DataError(
-                f"{options.labels} line {line}: class '{name}' is not in {options.classes}{nearest(name, names)}"
-            )
+    names, position = class_places(options, declared, seen)
     return names, rows
 
 

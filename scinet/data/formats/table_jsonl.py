@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from scinet.data.formats.lines import LineFile
-from scinet.data.formats.table_rows import Row, Rows, TableOptions, image_name
+from scinet.data.formats.table_rows import Row, Rows, TableOptions, class_places, image_name
 from scinet.errors import DataError, nearest
 
 _KEYS = ("file", "positives", "negatives")
@@ -33,11 +33,7 @@ def read_jsonl(options: TableOptions, declared: list[str] | None) -> tuple[list[
             raise DataError(f"{path} line {line}: class '{both[0]}' is positive and negative at once")
         for name in [*positives, *negatives]:
             seen.setdefault(name, line)
-    names = declared or sorted(seen)
-    position = {name: number for number, name in enumerate(names)}
-    for name, line in seen.items():
-        if name not in position:
-            raise DataError(f"{path} line {line}: class '{name}' is not in the class list{nearest(name, names)}")
+    names, position = class_places(options, declared, seen)
     return names, rows
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from scinet.data.masks import text_key
-from scinet.errors import DataError
+from scinet.errors import DataError, nearest
+from scinet.texttable import is_unicode
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,34 @@ def image_name(options: TableOptions, name: str, line: int) -> str:
     Raises:
         DataError: if it names nothing, or something elsewhere.
     """
-    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not is_unicode(name):
         raise DataError(f"{options.labels} line {line} names {name!a}, which holds half a character")
     file = os.path.normpath(os.path.relpath(name, options.images) if os.path.isabs(name) else name)
     if not name or file == "." or file.startswith("..") or "\0" in name:
         what = f"'{name}', which is not below {options.images}" if name else "no image"
         raise DataError(f"{options.labels} line {line} names {what}")
     return file
+
+
+def class_places(
+    options: TableOptions, declared: list[str] | None, seen: dict[str, int]
+) -> tuple[list[str], dict[str, int]]:
+    """Return the class names, and the index of each.
+
+    Args:
+        options: of the table.
+        declared: the names that it must use, in their order; None: those it uses, sorted.
+        seen: those it uses, each with the line it is first seen on.
+
+    Raises:
+        DataError: naming the line of a class that is not declared.
+    """
+    names = declared or sorted(seen)
+    position = {name: number for number, name in enumerate(names)}
+    for name, line in seen.items():
+        if name not in position:
+            hint = nearest(name, names)
+            raise DataError(
+                f"{options.labels} line {line}: class '{name}' is not in the class list {options.classes}{hint}"
+            )
+    return names, position
