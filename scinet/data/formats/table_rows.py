@@ -82,7 +82,7 @@ def image_name(options: TableOptions, name: str, line: int) -> str:
     if not is_unicode(name):
         raise DataError(f"{options.labels} line {line} names {name!a}, which holds half a character")
     file = os.path.normpath(os.path.relpath(name, options.images) if os.path.isabs(name) else name)
-    if not name or file == "." or file.startswith("..") or "\0" in name:
+    if not name or file == "." or file.split(os.sep)[0] == ".." or "\0" in name:
         what = f"'{name}', which is not below {options.images}" if name else "no image"
         raise DataError(f"{options.labels} line {line} names {what}")
     return file

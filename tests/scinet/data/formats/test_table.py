@@ -183,8 +183,9 @@ def test_table_is_refused_when_it_is_none(images: Path, text: str, words: str) -
 
 
 def test_image_is_known_by_one_name_when_its_path_is_absolute(images: Path) -> None:
-    found = _records(_options(images, f"file,cat\n{images}/sub/im.jpg,1\nsub/../im0.png,0\n"))
-    assert {record.sample_id for record in found} == {"sub/im.jpg", "im0.png"}
+    (images / "im1.png").rename(images / "..im1.png")
+    found = _records(_options(images, f"file,cat\n{images}/sub/im.jpg,1\nsub/../im0.png,0\n..im1.png,1\n"))
+    assert {record.sample_id for record in found} == {"sub/im.jpg", "im0.png", "..im1.png"}
     assert all(record.image is not None for record in found)
 
 
