@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from scinet.distributed import Ranks, first_rank_first
 from scinet.errors import CheckpointError
+from scinet.metering import Progress
 from scinet.rundir import RunDirectory, write_text
-from scinet.trainer import Progress, Trainer
+from scinet.trainer import Trainer
 
 _LATEST = "latest.json"
 

@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -103,6 +103,50 @@ def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
     gathered = [torch.empty_like(rows) for _ in range(ranks.world_size)]
     dist.all_gather(gathered, rows)
     return torch.stack(gathered, dim=1).flatten(0, 1)
+
+
+@dataclass
+class Gathering:
+    """Rows of several columns on their way to all ranks, in one message."""
+
+    _columns: tuple[Tensor, ...]
+    _received: Tensor | None
+    _work: Any
+
+    def rows(self) -> tuple[Tensor, ...]:
+        """Wait, and return each column's rows of all ranks in global sample order: [R * B, ...]."""
+        if self._received is None:
+            return self._columns
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        own = len(self._columns[0])
+        rows = self._received.unflatten(0, (-1, own)).transpose(0, 1).flatten(0, 1)
+        widths = [_row_bytes(column) for column in self._columns]
+        return tuple(
+            part.contiguous().view(column.dtype).view(len(rows), *column.shape[1:])
+            for part, column in zip(torch.split(rows, widths, dim=1), self._columns, strict=True)
+        )
+
+
+def start_gather(columns: Iterable[Tensor], ranks: Ranks) -> Gathering:
+    """Begin to gather columns of rows as :func:`gather_rows` does, while this rank computes. Collective.
+
+    Args:
+        columns: [B, ...] each, of any dtype; B equal on every rank.
+        ranks: this process.
+    """
+    columns = tuple(column.detach() for column in columns)
+    if ranks.world_size == 1:
+        return Gathering(columns, None, None)
+    packed = torch.cat([column.contiguous().view(len(column), -1).view(torch.uint8) for column in columns], 1)
+    received = packed.new_empty(ranks.world_size * len(packed), packed.shape[1])
+    work = dist.all_gather_into_tensor(received, packed, async_op=True)
+    return Gathering(columns, received, work)
+
+
+def _row_bytes(column: Tensor) -> int:
+    return column[0].numel() * column.element_size()
 
 
 def gather_objects(values: list[T], ranks: Ranks) -> list[T]:

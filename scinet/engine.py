@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, TrainingError
 from scinet.model.network import Network, Output
 from scinet.options import OptimizerOptions, Options, Precision
 
@@ -79,6 +80,7 @@ class Engine:
         except (ValueError, AssertionError, KeyError, TypeError) as error:
             raise ConfigError(f"DeepSpeed refuses the 'deepspeed' section {options.deepspeed}: {error}") from error
         self.network = network
+        self._schedule, self._section = schedule, options.deepspeed
         self._world_size = world_size
         self._plain_norm = torch.zeros(())
         self.zero_stage = int(self._engine.zero_optimization_stage())
@@ -87,19 +89,52 @@ class Engine:
         """Run the student."""
         return cast(Output, self._engine(inputs))
 
-    def step(self, loss: Tensor) -> None:
+    def step(self, loss: Tensor) -> bool:
         """Backward, and at an accumulation boundary the optimiser's and the schedule's step. Collective.
+
+        A gradient that is not finite on any rank changes no weight and no moment; the schedule goes on.
 
         Args:
             loss: this rank's sum over the global batch size; DeepSpeed averages over ranks, hence the factor.
+
+        Returns:
+            False at a boundary whose step was left out, on all ranks alike; True otherwise.
+
+        Raises:
+            TrainingError: if DeepSpeed took a step that it should have left out.
         """
-        self._engine.backward(loss * self._world_size)
-        if self.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            # DeepSpeed clips plain gradients without keeping their norm; fp32 sums of squares lose 2e-5 on the CPU
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-            self._plain_norm = torch.linalg.vector_norm(torch.stack(norms))
+        # 1, or NaN for a loss that is not finite, whose gradient may look sound
+        soundness = 1 + 0 * loss.detach()
+        self._engine.backward(loss * self._world_size * soundness)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return True
+        if self.zero_stage == 0 and not self._measure_plain():
+            # DeepSpeed's own optimisers look at the norm themselves, torch's does not
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1
+            self._schedule.step()
+            return False
         self._engine.step()
+        if self._engine.was_step_applied():
+            if not math.isfinite(self.gradient_norm()):
+                raise TrainingError(
+                    f"DeepSpeed took a step with a gradient that is not finite: the 'deepspeed' section "
+                    f"{self._section} switches its check off"
+                )
+            return True
+        self._schedule.step()
+        return False
+
+    def _measure_plain(self) -> bool:
+        """Keep the norm of plain gradients, and return whether it is finite.
+
+        DeepSpeed clips them without keeping it; fp32 sums of squares lose 2e-5 on the CPU.
+        """
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+        self._plain_norm = torch.linalg.vector_norm(torch.stack(norms))
+        return bool(self._plain_norm.isfinite())
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""

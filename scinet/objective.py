@@ -7,14 +7,16 @@ Shapes: B rows of this rank, G of the global batch, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scinet.data.batch import Batch
-from scinet.distributed import Ranks, gather_rows
+from scinet.distributed import Gathering, Ranks, start_gather
 from scinet.fusion.bank import Neighbours
 from scinet.fusion.confidence import Confidence, Fusion
 from scinet.fusion.thresholds import DynamicThresholds
@@ -36,17 +38,12 @@ class Pseudo(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch's loss and what it was made of; the parts are detached sums over this rank.
-
-    ``everyone`` and ``passed`` [G, C] hold the samples of all ranks in global order, and no row without a sample.
-    """
+    """One micro-batch's loss and what it was made of; the parts are detached sums over this rank."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     confidence: Confidence | None
     pseudo: Pseudo | None
-    everyone: Neighbours | None
-    passed: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,74 +54,100 @@ class Phase:
     epoch: int
 
 
+class Look:
+    """What the teacher sees in the global batch of a step, before the student does.
+
+    Its rows travel to all ranks while the student computes, so that every micro-batch is fused with the whole global
+    batch, whatever the number of ranks and accumulation steps.
+    """
+
+    def __init__(self, teacher: Sequence[Output], micro: Sequence[Batch], ranks: Ranks, *, has_gaps: bool) -> None:
+        """Take the teacher's outputs on this rank's micro-batches, and send them off. Collective."""
+        self.mine = [
+            Neighbours(output.embeddings, batch.observed, torch.sigmoid(output.logits), batch.index)
+            for output, batch in zip(teacher, micro, strict=True)
+        ]
+        self._ranks, self._has_gaps = ranks, has_gaps
+        self._sent = start_gather(Neighbours(*map(torch.cat, zip(*self.mine, strict=True))), ranks)
+        self._answers: list[Gathering] = []
+
+    @cached_property
+    def _arrived(self) -> tuple[Neighbours, Tensor]:
+        """The rows of all ranks in global order without those that hold no sample, and which rows these were."""
+        everyone = Neighbours(*self._sent.rows())
+        is_sample = everyone.indices >= 0
+        if self._has_gaps:  # asked for by the size alone: the mask costs a wait for the device
+            everyone = Neighbours(*(column[is_sample] for column in everyone))
+        return everyone, is_sample
+
+    @property
+    def everyone(self) -> Neighbours:
+        """The rows of all ranks in global order [G, ...]; their confidence is the teacher's probability."""
+        return self._arrived[0]
+
+    def answer(self, unified: Tensor, passed: Tensor) -> None:
+        """Send off Q [B, C] and the pseudo-positives [B, C] of the next micro-batch. Collective."""
+        self._answers.append(start_gather((unified, passed), self._ranks))
+
+    def answers(self) -> tuple[Neighbours, Tensor]:
+        """Return the global batch with its Q, and its pseudo-positives [G, C], once every micro-batch has answered."""
+        everyone, is_sample = self._arrived
+        unified, passed = (torch.cat(parts) for parts in zip(*(sent.rows() for sent in self._answers), strict=True))
+        if self._has_gaps:
+            unified, passed = unified[is_sample], passed[is_sample]
+        return everyone._replace(confidence=unified), passed
+
+
 class Objective:
     """The loss of SCINet, either profile, or of a baseline."""
 
-    def __init__(self, options: Options, fusion: Fusion | None, thresholds: DynamicThresholds, ranks: Ranks) -> None:
+    def __init__(self, options: Options, fusion: Fusion | None, thresholds: DynamicThresholds) -> None:
         """Take the state that SCINet's targets need; the baselines need none."""
-        self._options, self._fusion, self._thresholds, self._ranks = options, fusion, thresholds, ranks
+        self._options, self._fusion, self._thresholds = options, fusion, thresholds
 
-    def __call__(self, student: Output, teacher: Output | None, batch: Batch, phase: Phase, size: float) -> Step:
+    def __call__(
+        self, student: Output, batch: Batch, phase: Phase, size: float, look: Look | None = None, place: int = 0
+    ) -> Step:
         """Return the loss of a micro-batch. Collective for SCINet.
 
         Args:
             student: outputs on all views, [V * B].
-            teacher: the EMA teacher's on its view, [B]; None for a baseline.
             batch: labels and indices.
             phase: position in the run.
             size: samples of the global batch over the accumulation steps, by which sums are divided.
+            look: at the global batch; None for a baseline.
+            place: of this micro-batch among those that the look was given.
         """
         observed = batch.observed
-        has_gaps = size < len(observed) * self._ranks.world_size
-        if self._options.method is not Method.scinet or teacher is None or self._fusion is None:
+        if look is None or self._fusion is None:
             assumes = self._options.method is Method.assume_negative
             weights = torch.ones_like(student.logits) if assumes else (observed != 0).float()
             weights = weights * batch.valid.unsqueeze(1)
             total = binary_cross_entropy(student.logits, (observed > 0).float(), weights) / size
-            return Step(total, {"supervised": total.detach()}, None, None, None, None)
+            return Step(total, {"supervised": total.detach()}, None, None)
         views = student.logits.chunk(3)
-        confidence, everyone = self._confidence(student, teacher, batch, has_gaps=has_gaps)
+        confidence = self._confidence(self._fusion, student, look.mine[place], look.everyone)
         parts, pseudo = self._parts(views, confidence.unified, batch, phase)
+        look.answer(confidence.unified, pseudo.positive)
         loss = self._options.loss
         total = parts["supervised"] + loss.unlabelled_weight * (
             parts["consistency_weak"] + parts["consistency_medium"] + loss.distillation_weight * parts["distillation"]
         )
-        passed = gather_rows(pseudo.positive, self._ranks)
-        if has_gaps:
-            passed = passed[gather_rows(batch.valid, self._ranks)]
-        return Step(
-            total / size,
-            {name: part.detach() / size for name, part in parts.items()},
-            confidence,
-            pseudo,
-            everyone,
-            passed,
-        )
+        return Step(total / size, {name: part.detach() / size for name, part in parts.items()}, confidence, pseudo)
 
-    def _confidence(
-        self, student: Output, teacher: Output, batch: Batch, *, has_gaps: bool
-    ) -> tuple[Confidence, Neighbours]:
-        """Return Q of this rank's rows, and the global batch's rows with their Q for the update afterwards."""
-        assert self._fusion is not None
+    def _confidence(self, fusion: Fusion, student: Output, mine: Neighbours, everyone: Neighbours) -> Confidence:
+        """Return Q of this rank's rows."""
         options = self._options
-        probabilities = torch.sigmoid(teacher.logits)
-        mine = Neighbours(teacher.embeddings, batch.observed, probabilities, batch.index)
-        everyone = Neighbours(*(gather_rows(column, self._ranks) for column in mine))
-        is_sample = everyone.indices >= 0
-        if has_gaps:  # asked for by the size alone: the mask costs a wait for the device
-            everyone = Neighbours(*(column[is_sample] for column in everyone))
+        probabilities = mine.confidence
         if options.profile is Profile.release:
             correlation = options.correlation
-            graph = propagation(self._fusion.correlation.shrunk(), correlation.graph_top_k, correlation.temperature)
-            confidence = Confidence(probabilities @ graph.T, probabilities, None, None)
-        elif options.fusion.differentiable:
+            graph = propagation(fusion.correlation.shrunk(), correlation.graph_top_k, correlation.temperature)
+            return Confidence(probabilities @ graph.T, probabilities, None, None)
+        if options.fusion.differentiable:
             medium = student.embeddings.chunk(3)[1]
-            confidence = self._fusion.combine(mine._replace(embeddings=medium), probabilities, everyone)
-        else:
-            with torch.no_grad():
-                confidence = self._fusion.combine(mine, probabilities, everyone)
-        unified = gather_rows(confidence.unified.detach(), self._ranks)
-        return confidence, everyone._replace(confidence=unified[is_sample] if has_gaps else unified)
+            return fusion.combine(mine._replace(embeddings=medium), probabilities, everyone)
+        with torch.no_grad():
+            return fusion.combine(mine, probabilities, everyone)
 
     def _parts(
         self, views: tuple[Tensor, ...], unified: Tensor, batch: Batch, phase: Phase

@@ -218,7 +218,7 @@ class TrainOptions:
 
     epochs: int = option(10, "passes over the training split", low=1)
     global_batch_size: int = option(128, "samples a step over all ranks and accumulation steps", low=1)
-    accumulation_steps: int = option(1, "micro-batches a step; each sees its own micro-batch in the fusion", low=1)
+    accumulation_steps: int = option(1, "micro-batches a step; all are fused with the whole global batch", low=1)
     max_steps: int = option(0, "stop after this many steps; 0: after the epochs", low=0)
     precision: Precision = option(Precision.auto, "arithmetic of the towers")
     ema_per_epoch: float = option(0.82, "share of the teacher that an epoch keeps", low=0.0, high=1.0)

@@ -152,14 +152,18 @@ def _train(
     def save() -> None:
         checkpoint.save_state(directory, trainer, ranks)
 
-    for epoch in trainer.epochs(save):
-        is_last = trainer.progress.step >= trainer.total_steps
-        if (epoch + 1) % train.evaluate_every_epochs == 0 or is_last:
-            if trainer.evaluate_holdout(epoch):
+    def after_step() -> None:
+        every = train.save_every_steps
+        if every and trainer.progress.step % every == 0 and not trainer.evaluation_is_due:
+            save()
+
+    while trainer.evaluation_is_due or not trainer.is_finished:
+        if trainer.evaluation_is_due:
+            if trainer.evaluate_holdout():
                 checkpoint.save_selected(directory, trainer, made.card.class_names, ranks)
             save()
-        elif train.save_every_steps and trainer.progress.step % train.save_every_steps == 0:
-            save()
+        else:
+            trainer.train_epoch(after_step)
     evaluation["last"] = {
         "step": trainer.progress.step,
         "teacher": judge(trainer.score("test", use_teacher=True)),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -21,41 +21,15 @@ from scinet.evaluation.metrics import evaluate
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
 from scinet.materials import Materials, share_of
+from scinet.metering import Meter, Progress
 from scinet.model.label_graph import adjacency, text_correlation
 from scinet.model.network import Network
 from scinet.model.teacher import Teacher
-from scinet.objective import Objective, Phase, Step
+from scinet.objective import Look, Objective, Phase, Step
 from scinet.options import CorrelationSource, Method, OnBadSample, Options, Profile
 from scinet.telemetry import MetricsLog, Voice
 
 _TEACHER_VIEW = {Profile.paper: 1, Profile.release: 2}
-
-
-@dataclass
-class Progress:
-    """Where a run stands, and which epoch did best on the hold-out; samples seen and skipped by all ranks."""
-
-    epoch: int = 0
-    step: int = 0
-    best_epoch: int = -1
-    best_map: float = -1.0
-    samples: int = 0
-    skipped: int = 0
-
-
-@dataclass
-class _Window:
-    """Sums between two logged steps, kept on the device so that only logging waits for it."""
-
-    steps: int = 0
-    samples: int = 0
-    waited_s: float = 0.0
-    started_s: float = field(default_factory=time.monotonic)
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.parts[name] = self.parts[name] + value if name in self.parts else value.clone()
 
 
 class Trainer:
@@ -73,12 +47,14 @@ class Trainer:
         self._start_bias(network)
         self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self._steps_per_epoch))
         self.fusion, self.thresholds = self._build_fusion(network), self._build_thresholds()
-        self._objective = Objective(options, self.fusion, self.thresholds, ranks)
+        self._objective = Objective(options, self.fusion, self.thresholds)
         if uses_bf16(options, ranks.device):
             network.to(torch.bfloat16)
         self.engine = Engine(network, options, ranks.world_size, ranks.device, self.total_steps)
         self.progress = Progress()
-        self._window = _Window()
+        self._meter = Meter(
+            log, ranks, num_classes=materials.card.num_classes, accumulation_steps=train.accumulation_steps
+        )
 
     def _build_fusion(self, network: Network) -> Fusion | None:
         if self._options.method is not Method.scinet:
@@ -129,38 +105,42 @@ class Trainer:
         with torch.no_grad():
             network.bias.fill_(middle)
 
-    def epochs(self, save: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """Train, and yield the number of each epoch that has just ended. Collective.
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done; an evaluation may still be due."""
+        return self.progress.step >= self.total_steps
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether an epoch has ended whose weights the hold-out has yet to judge."""
+        progress = self.progress
+        has_turn = progress.epoch % self._options.train.evaluate_every_epochs == 0 or self.is_finished
+        return progress.epoch > progress.judged and has_turn
+
+    def train_epoch(self, after_step: Callable[[], None] = lambda: None) -> None:
+        """Train to the end of an epoch, from wherever the run stands. Collective.
 
         Args:
-            save: called after every ``train.save_every_steps`` within an epoch.
+            after_step: called after each step, with all state that belongs to it.
         """
-        while self.progress.step < self.total_steps:
-            self._train_epoch(self.progress.epoch, save)
-            self.progress.epoch += 1
-            self._window = _Window()
-            yield self.progress.epoch - 1
-
-    def _train_epoch(self, epoch: int, save: Callable[[], None]) -> None:
         self.engine.train(True)
-        train, end = self._options.train, min(self.total_steps, (epoch + 1) * self._steps_per_epoch)
-        batches = iter(self._source.epoch(epoch, self.progress.step - epoch * self._steps_per_epoch))
-        while self.progress.step < end:
+        progress, train = self.progress, self._options.train
+        epoch, first = progress.epoch, progress.step
+        end = min(self.total_steps, (epoch + 1) * self._steps_per_epoch)
+        batches = iter(self._source.epoch(epoch, first - epoch * self._steps_per_epoch))
+        for _ in range(first, end):
             started = time.monotonic()
             micro = [batch.to(self._ranks.device) for batch in islice(batches, train.accumulation_steps)]
-            self._window.waited_s += time.monotonic() - started
+            self._meter.wait(time.monotonic() - started)
             num_valid = self._count(micro)
-            for batch in micro:
-                step = self.micro_step(batch, epoch, num_valid / train.accumulation_steps)
-                self._window.add(self._measure(step, batch))
-            self._after_step()
-            self._window.steps += 1
-            self._window.samples += num_valid
-            if self.progress.step % train.log_every_steps == 0 or self.progress.step == self.total_steps:
-                self._write(self._window, step, batch)
-                self._window = _Window()
-            if train.save_every_steps and self.progress.step % train.save_every_steps == 0 and self.progress.step < end:
-                save()
+            steps = self.train_step(micro, num_valid)
+            self._meter.add(steps, micro, num_valid)
+            if progress.step % train.log_every_steps == 0 or self.is_finished:
+                self._write(steps[-1], micro[-1])
+            if progress.step == end:
+                progress.epoch += 1
+                self._meter.begin()
+            after_step()
 
     def _count(self, micro: list[Batch]) -> int:
         """Return the samples of a global batch, and keep count of those that were skipped. Collective.
@@ -180,106 +160,70 @@ class Trainer:
         check_skipped(progress.skipped, progress.samples + progress.skipped, self._options.data.max_bad_fraction)
         return num_valid
 
-    def micro_step(self, batch: Batch, epoch: int, size: float) -> Step:
-        """Forward, loss, backward and the fusion's state for one micro-batch. Collective.
+    def train_step(self, micro: list[Batch], num_valid: int) -> list[Step]:
+        """Take one optimiser step on a global batch, and the state that follows from it. Collective.
 
         Args:
-            batch: this rank's.
-            epoch: it belongs to.
-            size: samples of the global batch over the accumulation steps.
+            micro: this rank's micro-batches of it.
+            num_valid: samples of the global batch.
+
+        Returns:
+            what each micro-batch gave.
         """
+        train = self._options.train
         warmup_steps = self._options.loss.warmup_fraction * self.total_steps
-        phase = Phase(is_warm=self.progress.step >= warmup_steps, epoch=epoch)
-        student = self.engine.forward(batch.inputs)
-        teacher = None
-        if self._options.method is Method.scinet:
-            view = _TEACHER_VIEW[self._options.profile]
-            teacher = self.teacher.forward(batch.inputs.chunk(3)[view])
-        step = self._objective(student, teacher, batch, phase, size)
-        self.engine.step(step.loss)
-        if self.fusion is not None and step.everyone is not None and step.passed is not None:
-            self.fusion.update(step.everyone)
-            self.thresholds.update(step.passed)
-        return step
-
-    def _after_step(self) -> None:
+        phase = Phase(is_warm=self.progress.step >= warmup_steps, epoch=self.progress.epoch)
+        size = num_valid / train.accumulation_steps
+        look = self._look(micro, has_gaps=num_valid < train.global_batch_size)
+        steps = []
+        for place, batch in enumerate(micro):
+            student = self.engine.forward(batch.inputs)
+            steps.append(self._objective(student, batch, phase, size, look, place))
+            self.engine.step(steps[-1].loss)
         self.progress.step += 1
-        self._refresh_graph()
+        if look is not None and self.fusion is not None:
+            everyone, passed = look.answers()
+            self.fusion.update(everyone)
+            self.thresholds.update(passed)
+            self._refresh_graph(self.fusion)
         self.teacher.update(self.engine.network, self.engine.whole)
+        return steps
 
-    def _refresh_graph(self) -> None:
+    def _look(self, micro: list[Batch], *, has_gaps: bool) -> Look | None:
+        """Let the teacher see the whole global batch; baselines have no use for it. Collective."""
+        if self.fusion is None:
+            return None
+        view = _TEACHER_VIEW[self._options.profile]
+        outputs = [self.teacher.forward(batch.inputs.chunk(3)[view]) for batch in micro]
+        return Look(outputs, micro, self._ranks, has_gaps=has_gaps)
+
+    def _refresh_graph(self, fusion: Fusion) -> None:
         """Let the label graph follow the observed correlation, once an epoch: it moves slowly and costs C^2 log C."""
         follows = self._options.correlation.source is not CorrelationSource.text
-        if self.fusion is None or self._options.profile is Profile.release or not follows:
+        if self._options.profile is Profile.release or not follows:
             return
         if self.progress.step % self._steps_per_epoch == 0:
-            graph = adjacency(self.fusion.correlation.shrunk(), self._options.correlation.graph_top_k)
+            graph = adjacency(fusion.correlation.shrunk(), self._options.correlation.graph_top_k)
             self.engine.network.get_buffer("graph").copy_(graph)
 
-    def _measure(self, step: Step, batch: Batch) -> dict[str, Tensor]:
-        """Return device sums of one micro-batch: loss parts, and pseudo-labels against the truth where it is known."""
-        values = {f"loss/{name}": part for name, part in step.parts.items()} | {"loss/total": step.loss.detach()}
-        values["known_cells"] = (batch.observed != 0).sum()
-        if step.pseudo is not None:
-            hidden = (batch.observed == 0) & (batch.truth != 0)
-            positive = step.pseudo.positive & hidden
-            values["pseudo/positives"] = step.pseudo.positive.sum()
-            values["pseudo/checked"] = positive.sum()
-            values["pseudo/right"] = (positive & (batch.truth > 0)).sum()
-            values["pseudo/wanted"] = (hidden & (batch.truth > 0)).sum()
-        return values
-
-    def _write(self, window: _Window, step: Step, batch: Batch) -> None:
-        """Sum over ranks, check, and write a line of metrics.jsonl. Collective."""
-        names = sorted(window.parts)
-        stacked = torch.stack([window.parts[name].double().reshape(()) for name in names])
-        sums = dict(zip(names, sum_over_ranks(stacked, self._ranks).tolist(), strict=True))
-        micro_steps = window.steps * self._options.train.accumulation_steps
-        loss = sums["loss/total"] / micro_steps
+    def _write(self, step: Step, batch: Batch) -> None:
+        """Write a line of metrics.jsonl, and show where the run stands. Collective."""
+        figures: dict[str, Any] = {
+            "learning_rate": self.engine.learning_rate(),
+            "gradient_norm": self.engine.gradient_norm(),
+        }
+        if self._options.data.on_bad_sample is OnBadSample.skip:
+            figures["skipped_samples"] = self.progress.skipped
+        row = self._meter.write(self.progress, figures, step, batch)
+        loss = row["loss/total"]
         if loss != loss or abs(loss) == float("inf"):
             raise TrainingError(
                 f"the loss is {loss} at step {self.progress.step}: lower optimizer.learning_rate or look at the batch"
             )
-        seconds = time.monotonic() - window.started_s
-        samples = max(1, window.samples)
-        row: dict[str, Any] = {
-            "step": self.progress.step,
-            "epoch": self.progress.epoch,
-            "samples_seen": self.progress.samples,
-            **{name: value / micro_steps for name, value in sums.items() if name.startswith("loss/")},
-            "learning_rate": self.engine.learning_rate(),
-            "gradient_norm": self.engine.gradient_norm(),
-            "samples_per_second": samples / seconds,
-            "data_wait_share": window.waited_s / seconds,
-            "known_ratio": sums["known_cells"] / (samples * self._materials.card.num_classes),
-        }
-        if "pseudo/positives" in sums:
-            row["pseudo_positives"] = sums["pseudo/positives"]
-            row["pseudo_precision"] = _ratio(sums["pseudo/right"], sums["pseudo/checked"])
-            row["pseudo_recall"] = _ratio(sums["pseudo/right"], sums["pseudo/wanted"])
-        if self._options.data.on_bad_sample is OnBadSample.skip:
-            row["skipped_samples"] = self.progress.skipped
-        row |= self._judge_confidence(step, batch)
-        self._log.write(row)
         detail = f"loss {loss:.3f}  {row['samples_per_second']:.0f} samples/s"
         if self.progress.best_map >= 0:
             detail += f"  hold-out mAP {self.progress.best_map:.1f}"
         self._voice.progress("training step", self.progress.step, self.total_steps, detail)
-
-    def _judge_confidence(self, step: Step, batch: Batch) -> dict[str, float | None]:
-        """Log-loss of P, N, L and Q on this batch's unknown cells, where the truth is known (method.md section 3.1)."""
-        if step.confidence is None or step.everyone is None:
-            return {}
-        cells = (batch.observed == 0) & (batch.truth != 0)
-        target = (batch.truth > 0).double()
-        result = {}
-        for name, part in step.confidence._asdict().items():
-            if part is not None:
-                clamped = part.detach().double().clamp(1e-4, 1 - 1e-4)
-                loss = torch.nn.functional.binary_cross_entropy(clamped, target, reduction="none")
-                sums = sum_over_ranks(torch.stack([loss[cells].sum(), cells.sum().double()]), self._ranks)
-                result[f"log_loss/{name}"] = _ratio(float(sums[0]), float(sums[1]))
-        return result
 
     def score(self, split: str, *, use_teacher: bool) -> Scores:
         """Return the scores of a split by teacher or student. Collective."""
@@ -289,21 +233,19 @@ class Trainer:
             forward = self.engine.forward
         return self._materials.plain(split).score(forward, self._ranks)
 
-    def evaluate_holdout(self, epoch: int) -> bool:
+    def evaluate_holdout(self) -> bool:
         """Evaluate the teacher on the hold-out, and return whether it is the best so far. Collective."""
         scores = self.score("holdout", use_teacher=True)
         holdout_map = evaluate(scores.probabilities, scores.truth).mean_average_precision
+        progress = self.progress
+        epoch = progress.epoch - 1
         self._log.write(
-            {
-                "step": self.progress.step,
-                "epoch": epoch,
-                "samples_seen": self.progress.samples,
-                "holdout_map": holdout_map,
-            }
+            {"step": progress.step, "epoch": epoch, "samples_seen": progress.samples, "holdout_map": holdout_map}
         )
-        is_best = holdout_map > self.progress.best_map
+        progress.judged = progress.epoch
+        is_best = holdout_map > progress.best_map
         if is_best:
-            self.progress.best_map, self.progress.best_epoch = holdout_map, epoch
+            progress.best_map, progress.best_epoch = holdout_map, epoch
         return is_best
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -311,10 +253,8 @@ class Trainer:
 
         Random numbers need none: masks, order, views and variants are functions of the seed, epoch and sample.
         """
-        window = self._window
-        sums = {name: gather_rows(value.reshape(1), self._ranks) for name, value in sorted(window.parts.items())}
         parts: dict[str, dict[str, Tensor]] = {
-            "window": sums | {"counts": torch.tensor([window.steps, window.samples])},
+            "meter": self._meter.state_dict(),
             "teacher": self.teacher.state_dict(),
             "thresholds": self.thresholds.state_dict(),
             "fusion": self.fusion.state_dict() if self.fusion is not None else {},
@@ -323,17 +263,15 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the state of another trainer of the same configuration."""
-        parts: dict[str, dict[str, Tensor]] = {"teacher": {}, "thresholds": {}, "fusion": {}, "window": {}}
+        parts: dict[str, dict[str, Tensor]] = {"teacher": {}, "thresholds": {}, "fusion": {}, "meter": {}}
         for name, value in state.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value.to(self._ranks.device)
         self.teacher.load_state_dict(parts["teacher"])
         self.thresholds.load_state_dict(parts["thresholds"])
+        self._meter.load_state_dict(parts["meter"])
         if self.fusion is not None:
             self.fusion.load_state_dict(parts["fusion"])
-        steps, samples = parts["window"].pop("counts", torch.zeros(2, dtype=torch.int64)).tolist()
-        mine = {name: values[self._ranks.rank].clone() for name, values in parts["window"].items()}
-        self._window = _Window(steps, samples, parts=mine)
 
     def student_state(self) -> dict[str, Tensor]:
         """Return the student's whole weights, whatever the ZeRO stage. Collective."""
@@ -343,7 +281,3 @@ class Trainer:
                 state[name] = value.float().cpu().clone()
         buffers = set(self.engine.network.state_dict()) - set(state)
         return state | {name: self.engine.network.get_buffer(name).cpu().clone() for name in buffers}
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None

@@ -185,8 +185,9 @@ def _train_cell(options: Options, made: Any, ranks: Any) -> dict[str, Any]:
         return evaluate(scores.probabilities, scores.truth).mean_average_precision
 
     selected = 0.0
-    for epoch in trainer.epochs():
-        if trainer.evaluate_holdout(epoch):
+    while not trainer.is_finished:
+        trainer.train_epoch()
+        if trainer.evaluation_is_due and trainer.evaluate_holdout():
             selected = test_map(True)
     return {
         "test_map": selected,

@@ -246,7 +246,7 @@ def test_interrupted_run_ends_like_the_unbroken_one_when_resumed(
     words = (*small, "train.max_steps=12", "train.precision=fp32", "loss.warmup_fraction=0", f"output={tmp_path}")
     assert train(*words, "name=unbroken").status == 0
 
-    step = Trainer.micro_step
+    step = Trainer.train_step
 
     def interrupted(self: Trainer, *arguments: Any) -> Any:
         if self.progress.step == 7:  # two steps into the second epoch, which the checkpoint does not hold
@@ -254,7 +254,7 @@ def test_interrupted_run_ends_like_the_unbroken_one_when_resumed(
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "micro_step", interrupted)
+        patch.setattr(Trainer, "train_step", interrupted)
         assert train(*words, "name=broken").status == 130
     assert not (tmp_path / "broken" / "evaluation.json").exists()
     assert [row["step"] for row in _steps(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6, 7]

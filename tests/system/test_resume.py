@@ -114,10 +114,10 @@ _SLOW = """
 import sys, time
 from scinet import train
 from scinet.trainer import Trainer
-step = Trainer.micro_step
+step = Trainer.train_step
 def slow(self, *arguments):
     time.sleep(0.1)
     return step(self, *arguments)
-Trainer.micro_step = slow
+Trainer.train_step = slow
 sys.exit(train.main(sys.argv[1:]))
 """

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from scinet import config, materials
 from scinet.data.batch import Batch
-from scinet.distributed import Ranks, gather_rows, initialise, shut_down, sum_over_ranks
+from scinet.distributed import Ranks, gather_objects, gather_rows, initialise, shut_down, sum_over_ranks
 from scinet.objective import Step
 from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
@@ -34,6 +33,7 @@ MODES = {
     "skipped": (*FEATURES, *GAPS),
     "skipped-images": (*IMAGES, *GAPS),
     "whole-bce": (*FEATURES, *GAPS, "method=bce"),
+    "accumulated": (*FEATURES, *GAPS, "train.accumulation_steps=2"),
     "accumulated-bce": (*FEATURES, *GAPS, "method=bce", "train.accumulation_steps=2"),
 }
 
@@ -47,36 +47,30 @@ class Recorder(Trainer):
         self.tensors: dict[str, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
 
-    def micro_step(self, batch: Batch, epoch: int, size: float) -> Step:
+    def train_step(self, micro: list[Batch], num_valid: int) -> list[Step]:
         ranks: Ranks = self._seen_by
-        step = super().micro_step(batch, epoch, size)
         number = len(self.rows)
-        ids: list[Any] = [None] * ranks.world_size
-        dist.all_gather_object(ids, batch.ids)
-        parts = {name: float(sum_over_ranks(part, ranks)) for name, part in step.parts.items()}
-        loss = float(sum_over_ranks(step.loss.detach(), ranks))
-        self.rows.append(
-            {
-                "ids": [name for together in zip(*ids, strict=True) for name in together],
-                "loss": loss,
-                "gradient_norm": self.engine.gradient_norm(),
-                **parts,
-            }
-        )
-        if self.fusion is None or step.confidence is None:
-            return step
+        steps = super().train_step(micro, num_valid)
+        ids = [name for batch in micro for name in gather_objects(list(batch.ids), ranks)]
+        row: dict[str, Any] = {"ids": ids, "gradient_norm": self.engine.gradient_norm()}
+        for name in ("loss", *steps[0].parts):
+            values = [step.loss.detach() if name == "loss" else step.parts[name] for step in steps]
+            row[name] = float(sum_over_ranks(torch.stack(values).mean(), ranks))
+        self.rows.append(row)
+        if self.fusion is None:
+            return steps
+        unified = [step.confidence.unified.detach() for step in steps if step.confidence is not None]
+        valid = torch.cat([gather_rows(batch.valid, ranks) for batch in micro])
         bank = self.fusion.bank.rows()
         self.tensors |= {
-            f"{number}.confidence": gather_rows(step.confidence.unified.detach(), ranks)[
-                gather_rows(batch.valid, ranks)
-            ],
+            f"{number}.confidence": torch.cat([gather_rows(rows, ranks) for rows in unified])[valid],
             f"{number}.thresholds": self.thresholds.thresholds(),
             f"{number}.correlation": self.fusion.correlation.shrunk(),
             f"{number}.bank.embeddings": bank.embeddings.clone(),
             f"{number}.bank.observed": bank.observed.clone(),
             f"{number}.bank.indices": bank.indices.clone(),
         }
-        return step
+        return steps
 
 
 def main(out: Path, modes: list[str], overrides: list[str]) -> None:
@@ -89,7 +83,7 @@ def main(out: Path, modes: list[str], overrides: list[str]) -> None:
         trainer = Recorder(options, made, ranks, MetricsLog(None), Silence())
         start = {f"start.student.{name}": value for name, value in trainer.student_state().items()}
         start |= {f"start.{name}": value.clone() for name, value in trainer.state_dict().items()}
-        next(trainer.epochs())
+        trainer.train_epoch()
         end = {f"end.student.{name}": value for name, value in trainer.student_state().items()}
         end |= {f"end.{name}": value for name, value in trainer.state_dict().items()}
         tensors = {name: value.contiguous().clone() for name, value in (start | trainer.tensors | end).items()}

@@ -44,7 +44,7 @@ def main(out: Path, overrides: list[str]) -> None:
     for name, own in configurations().items():
         log = MetricsLog(None)
         trainer = Trainer(config.load(None, [*overrides, *own]), made, ranks, log, Silence())
-        next(trainer.epochs())
+        trainer.train_epoch()
         rows[name] = log.rows
         student, teacher = trainer.student_state(), trainer.teacher.state_dict()
         state = {f"student.{key}": value for key, value in student.items()}
