@@ -20,6 +20,14 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from scinet.errors import ConfigError, nearest
 from scinet.options import BiDominant, Memory, Method, Options, Profile
 
+# what the run decides in DeepSpeed's section, and where it is said instead
+_DERIVED = {
+    ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"): (
+        "'train.global_batch_size' and 'train.accumulation_steps'"
+    ),
+    ("bf16", "fp16", "amp", "torch_autocast", "data_types"): "'train.precision'",
+    ("optimizer", "scheduler", "gradient_clipping"): "the 'optimizer' section",
+}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -226,6 +234,7 @@ def _relations(options: Options) -> Iterator[str]:
         yield "'optimizer.learning_rate' is 0: nothing would train; for the untrained model set 'method=zero_shot'"
     if not options.name or Path(options.name).name != options.name:
         yield f"'name' is {options.name!r}, expected a plain folder name"
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if key in options.deepspeed:
-            yield f"'deepspeed.{key}' is derived: set 'train.global_batch_size' and 'train.accumulation_steps'"
+    for keys, instead in _DERIVED.items():
+        for key in keys:
+            if key in options.deepspeed:
+                yield f"'deepspeed.{key}' is derived: set {instead}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import logging
@@ -9,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
@@ -121,7 +123,7 @@ class Gathering:
             self._work.wait()
             self._work = None
         own = len(self._columns[0])
-        rows = self._received.unflatten(0, (-1, own)).transpose(0, 1).flatten(0, 1)
+        rows = self._received.view(-1, own, self._received.shape[1]).transpose(0, 1).flatten(0, 1)
         widths = [_row_bytes(column) for column in self._columns]
         return tuple(
             part.contiguous().view(column.dtype).view(len(rows), *column.shape[1:])
@@ -170,6 +172,13 @@ def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def share_first(tensors: Iterable[Tensor], ranks: Ranks) -> None:
+    """Overwrite tensors with those of rank 0, where processors may have rounded differently. Collective."""
+    if ranks.world_size > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def first_rank_first(work: Callable[[], T], ranks: Ranks) -> T:
@@ -227,6 +236,33 @@ def has_failure_elsewhere() -> bool:
         return dist.distributed_c10d._get_default_store().add(_FAILURES, 0) > 0
     except RuntimeError:
         return True
+
+
+class Notes:
+    """Small texts that ranks leave for each other outside of collectives, from any thread."""
+
+    _made = count()
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Open a board of its own; the n-th of every rank is the same one."""
+        self._prefix = f"scinet/notes/{next(Notes._made)}/"
+        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        self._ranks = ranks
+
+    def put(self, key: str, text: str) -> None:
+        """Leave a text; a failure to reach the others shows where they are waited for."""
+        with contextlib.suppress(RuntimeError):
+            if self._store is not None:
+                self._store.set(self._prefix + key, text)
+
+    def get(self, key: str) -> str | None:
+        """Return a text, or None if there is none yet; does not wait."""
+        try:
+            if self._store is None or not self._store.check([self._prefix + key]):
+                return None
+            return self._store.get(self._prefix + key).decode()
+        except RuntimeError:
+            return None
 
 
 def shut_down() -> None:

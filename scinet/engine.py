@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from scinet import layout
 from scinet.errors import ConfigError, TrainingError
 from scinet.model.network import Network, Output
 from scinet.options import OptimizerOptions, Options, Precision
@@ -32,6 +32,8 @@ def deepspeed_config(options: Options, world_size: int, device: torch.device) ->
         "gradient_clipping": options.optimizer.gradient_clip,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        # torch's fused AdamW steps on the CPU too, and needs no compiler at run time as DeepSpeed's own does
+        "zero_force_ds_cpu_optimizer": False,
     }
     return derived | options.deepspeed
 
@@ -49,6 +51,21 @@ def parameter_groups(network: Network, options: OptimizerOptions) -> list[dict[s
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
+def partition(network: nn.Module, options: Options, world_size: int) -> None:
+    """Partition a network that is only evaluated, such as the teacher, as ZeRO 3 does the student. Collective.
+
+    A forward pass then gathers one layer at a time; no layer stays whole between two.
+    """
+    import deepspeed
+
+    own = options.deepspeed["zero_optimization"]
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if "offload_param" in own:
+        zero["offload_param"] = own["offload_param"]
+    config = {"train_batch_size": world_size, "zero_optimization": zero, "steps_per_print": 2**31}
+    deepspeed.initialize(model=network, config=config)
+
+
 class Engine:
     """A DeepSpeed engine around the student."""
 
@@ -63,7 +80,8 @@ class Engine:
         import deepspeed
 
         groups = parameter_groups(network, options.optimizer)
-        optimizer = torch.optim.AdamW(groups)
+        offloads = "offload_optimizer" in options.deepspeed.get("zero_optimization", {})
+        optimizer = torch.optim.AdamW(groups, fused=offloads or None)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=[group["lr"] for group in groups],
@@ -84,6 +102,7 @@ class Engine:
         self._world_size = world_size
         self._plain_norm = torch.zeros(())
         self.zero_stage = int(self._engine.zero_optimization_stage())
+        self.layout = layout.of_engine(self._engine)
 
     def forward(self, inputs: Tensor) -> Output:
         """Run the student."""
@@ -148,18 +167,29 @@ class Engine:
         """Return the largest learning rate of the groups."""
         return float(max(self._engine.get_lr()))
 
-    @contextmanager
-    def whole(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        """Give the whole of a parameter that ZeRO 3 may have partitioned. Collective."""
+    def whole_state(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return weights (fp32) and saved buffers on the CPU, gathered one by one under ZeRO 3. Collective."""
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
-            yield parameter.data
+        state = {}
+        for name, parameter in network.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                state[name] = parameter.data.float().to("cpu", copy=True)
+        buffers = set(network.state_dict()) - set(state)
+        return state | {name: network.get_buffer(name).to("cpu", copy=True) for name in buffers}
 
-    def save(self, directory: str, tag: str) -> None:
-        """Write partitions, optimiser and schedule. Collective."""
-        self._engine.save_checkpoint(directory, tag=tag, save_latest=False)
+    def go_on(self, step: int, num_updates: int) -> None:
+        """Take up training after a step whose weights and moments the layout has just been given. Collective.
 
-    def load(self, directory: str, tag: str) -> None:
-        """Read what :meth:`save` wrote at the same world size and stage. Collective."""
-        self._engine.load_checkpoint(directory, tag=tag)
+        Args:
+            step: steps taken, by which the schedule goes.
+            num_updates: of AdamW; fewer where steps were left out.
+        """
+        self.layout.num_updates = num_updates
+        self.layout.refresh()
+        self._schedule.last_epoch = step - 1
+        with (
+            warnings.catch_warnings()
+        ):  # torch takes it for the first step of a schedule that is ahead of its optimiser
+            warnings.simplefilter("ignore", UserWarning)
+            self._schedule.step()

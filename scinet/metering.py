@@ -17,10 +17,10 @@ from scinet.telemetry import MetricsLog
 
 @dataclass
 class Progress:
-    """Where a run stands, and which epoch did best on the hold-out; samples seen and skipped by all ranks.
+    """Where a run stands, and which epoch did best on the hold-out; samples seen and skipped are of all ranks.
 
-    ``epoch`` counts finished epochs, ``judged`` those at the last evaluation; ``bad_steps`` were left out because of
-    numbers that are not finite, ``bad_in_a_row`` of them just now.
+    ``epoch`` counts finished epochs, ``judged`` those at the last evaluation, which gave ``last_map``; ``bad_steps``
+    were left out because of numbers that are not finite, ``bad_in_a_row`` of them just now.
     """
 
     epoch: int = 0
@@ -28,6 +28,7 @@ class Progress:
     judged: int = 0
     best_epoch: int = -1
     best_map: float = -1.0
+    last_map: float = -1.0
     samples: int = 0
     skipped: int = 0
     bad_steps: int = 0
@@ -125,21 +126,23 @@ class Meter:
                 result[f"log_loss/{name}"] = _ratio(float(sums[0]), float(sums[1]))
         return result
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the sums of every rank [R] and the counts. Collective."""
+    def state(self) -> dict[str, Any]:
+        """Return the counts, and the sums of every rank, as a JSON tree. Collective."""
         window = self._window
-        sums = {name: gather_rows(value.reshape(1), self._ranks) for name, value in sorted(window.parts.items())}
-        return sums | {"counts": torch.tensor([window.steps, window.samples])}
+        sums = {
+            name: [str(value.dtype).removeprefix("torch."), gather_rows(value.reshape(1), self._ranks).tolist()]
+            for name, value in sorted(window.parts.items())
+        }
+        return {"steps": window.steps, "samples": window.samples, "sums": sums}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up the sums, of this rank where the number of ranks is the same."""
-        steps, samples = state["counts"].tolist()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up the sums: of this rank, or of all where the number of ranks was another."""
         ranks, parts = self._ranks, {}
-        for name, values in state.items():
-            if name != "counts":
-                total = values.sum() if ranks.is_first else torch.zeros_like(values[0])
-                parts[name] = values[ranks.rank].clone() if len(values) == ranks.world_size else total
-        self._window = _Window(steps, samples, parts=parts)
+        for name, (dtype, values) in state["sums"].items():
+            total = sum(values) if ranks.is_first else 0
+            mine = values[ranks.rank] if len(values) == ranks.world_size else total
+            parts[name] = torch.tensor(mine, dtype=getattr(torch, dtype), device=ranks.device)
+        self._window = _Window(state["steps"], state["samples"], parts=parts)
 
 
 def _measure(step: Step, batch: Batch) -> dict[str, Tensor]:

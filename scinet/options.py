@@ -226,7 +226,16 @@ class TrainOptions:
     evaluate_every_epochs: int = option(1, "epochs between two evaluations on the hold-out", low=1)
     collective_timeout_s: int = option(600, "longest wait for another rank", low=1)
     last_batch: LastBatch = option(LastBatch.drop, "what happens to the rest of an epoch that fills no global batch")
-    save_every_steps: int = option(0, "steps between two checkpoints within an epoch; 0: only at evaluations", low=0)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """When the training state is saved, and which checkpoints stay."""
+
+    every_steps: int = option(0, "steps between two checkpoints within an epoch; 0: only at evaluations", low=0)
+    keep_last: int = option(2, "newest checkpoints kept; more than one survives a damaged newest", low=1)
+    keep_best: int = option(0, "checkpoints kept with the best hold-out mAP", low=0)
+    keep_every_steps: int = option(0, "checkpoints at multiples of this step are kept for good; 0: none", low=0)
 
 
 @dataclass(frozen=True)
@@ -247,4 +256,5 @@ class Options:
     loss: LossOptions = field(default_factory=LossOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     deepspeed: dict[str, Any] = option({}, "DeepSpeed's own configuration, passed through as it is")

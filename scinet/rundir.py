@@ -33,7 +33,10 @@ _FREE_ON_RESUME = {
     "data.retries",
     "data.cache_shards",
     "data.allow_pipe",
-    "train.save_every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.keep_every_steps",
     "train.collective_timeout_s",
 }
 _LOCK = ".lock"

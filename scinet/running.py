@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from scinet import checkpoint, materials, rundir
+from scinet import materials, rundir
+from scinet.checkpoint import weights
+from scinet.checkpoint.keeper import Keeper
 from scinet.data import transports
 from scinet.distributed import (
+    Notes,
     Ranks,
     from_first_rank,
     has_failure_elsewhere,
@@ -144,26 +147,26 @@ def _train(
     """Train and fill in the evaluation; return the selected teacher's test scores and the label correlation."""
     trainer = Trainer(options, made, ranks, log, voice)
     _describe(directory, options, made, ranks)
-    if options.resume and checkpoint.load_state(directory, trainer, ranks):
+    keeper = Keeper(
+        directory, options.checkpoint, ranks, patience_s=options.train.collective_timeout_s, notes=Notes(ranks)
+    )
+    if options.resume and keeper.load(trainer, voice.say):
         voice.say(f"resumed after epoch {trainer.progress.epoch} at step {trainer.progress.step}")
     log.rewind(trainer.progress.step)
-    train = options.train
-
-    def save() -> None:
-        checkpoint.save_state(directory, trainer, ranks)
 
     def after_step() -> None:
-        every = train.save_every_steps
+        every = options.checkpoint.every_steps
         if every and trainer.progress.step % every == 0 and not trainer.evaluation_is_due:
-            save()
+            keeper.save(trainer)
 
     while trainer.evaluation_is_due or not trainer.is_finished:
         if trainer.evaluation_is_due:
             if trainer.evaluate_holdout():
-                checkpoint.save_selected(directory, trainer, made.card.class_names, ranks)
-            save()
+                weights.save_selected(directory, trainer, made.card.class_names, ranks)
+            keeper.save(trainer)
         else:
             trainer.train_epoch(after_step)
+    keeper.wait()
     evaluation["last"] = {
         "step": trainer.progress.step,
         "teacher": judge(trainer.score("test", use_teacher=True)),
@@ -173,7 +176,7 @@ def _train(
     scores: Scores | None = None
     for who in ("student", "teacher"):
         network = made.network(options).to(ranks.device).eval()
-        checkpoint.load_into(network, directory.checkpoints / "selected" / f"{who}.safetensors")
+        weights.load_into(network, directory.checkpoints / "selected" / f"{who}.safetensors")
         scores = made.plain("test").score(network, ranks)
         selected[who] = judge(scores)
     evaluation["selected"] = {

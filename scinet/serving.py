@@ -145,7 +145,7 @@ def _class_names(run: RunDirectory) -> tuple[str, ...]:
 
 
 def _load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who: str, device: Any) -> tuple[Any, Any]:
-    from scinet import checkpoint
+    from scinet.checkpoint import weights
     from scinet.data.views import Views
     from scinet.model import backbone as model_backbone
     from scinet.model.network import Network
@@ -155,7 +155,7 @@ def _load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who
     backbone.text.to(device)
     backbone.image.to(device)
     network = Network(backbone, class_names, options.model, top_k=options.correlation.graph_top_k).to(device).eval()
-    checkpoint.load_into(network, run.checkpoints / "selected" / f"{who}.safetensors")
+    weights.load_into(network, run.checkpoints / "selected" / f"{who}.safetensors")
 
     def forward(images: Any) -> Any:
         # trained on cached features: those have no regions to attend to, so the network must see none here either

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from scinet.data.batch import Batch
 from scinet.data.stream import check_skipped
-from scinet.distributed import Ranks, gather_rows, sum_over_ranks
-from scinet.engine import Engine, uses_bf16
+from scinet.distributed import Ranks, gather_rows, share_first, sum_over_ranks
+from scinet.engine import Engine, partition, uses_bf16
 from scinet.errors import TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
+from scinet.layout import Part, held_parts, whole
 from scinet.materials import Materials, share_of
 from scinet.metering import Meter, Progress
 from scinet.model.label_graph import adjacency, text_correlation
@@ -30,6 +32,18 @@ from scinet.options import CorrelationSource, Method, OnBadSample, Options, Prof
 from scinet.telemetry import MetricsLog, Voice
 
 _TEACHER_VIEW = {Profile.paper: 1, Profile.release: 2}
+
+
+@dataclass(frozen=True)
+class State:
+    """A run at one step: its tensors as this rank holds them, and the rest as a JSON tree.
+
+    To go back to a saved one, its parts are written first; ``settle`` then takes the saved tree.
+    """
+
+    parts: list[Part]
+    scalars: dict[str, Any]
+    settle: Callable[[dict[str, Any]], None]
 
 
 class Trainer:
@@ -44,6 +58,7 @@ class Trainer:
         self.total_steps = min(train.max_steps or 2**62, train.epochs * self._steps_per_epoch)
         torch.manual_seed(options.seed)
         network = materials.network(options).to(ranks.device)
+        share_first(network.buffers(), ranks)
         self._start_bias(network)
         self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self._steps_per_epoch))
         self.fusion, self.thresholds = self._build_fusion(network), self._build_thresholds()
@@ -51,6 +66,8 @@ class Trainer:
         if uses_bf16(options, ranks.device):
             network.to(torch.bfloat16)
         self.engine = Engine(network, options, ranks.world_size, ranks.device, self.total_steps)
+        if self.engine.zero_stage == 3:
+            partition(self.teacher.network, options, ranks.world_size)
         self.progress = Progress()
         self._meter = Meter(
             log, ranks, num_classes=materials.card.num_classes, accumulation_steps=train.accumulation_steps
@@ -186,7 +203,7 @@ class Trainer:
             self.fusion.update(everyone)
             self.thresholds.update(passed)
             self._refresh_graph(self.fusion)
-        self.teacher.update(self.engine.network, self.engine.whole)
+        self.teacher.update(self.engine.network)
         return steps
 
     def _look(self, micro: list[Batch], *, has_gaps: bool) -> Look | None:
@@ -242,42 +259,63 @@ class Trainer:
         self._log.write(
             {"step": progress.step, "epoch": epoch, "samples_seen": progress.samples, "holdout_map": holdout_map}
         )
-        progress.judged = progress.epoch
+        progress.judged, progress.last_map = progress.epoch, holdout_map
         is_best = holdout_map > progress.best_map
         if is_best:
             progress.best_map, progress.best_epoch = holdout_map, epoch
         return is_best
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return what the engine does not know: teacher, fusion, thresholds, sums since the last log. Collective.
+    def state(self) -> State:
+        """Return all that going on after this step needs. Collective.
 
         Random numbers need none: masks, order, views and variants are functions of the seed, epoch and sample.
         """
-        parts: dict[str, dict[str, Tensor]] = {
-            "meter": self._meter.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "thresholds": self.thresholds.state_dict(),
-            "fusion": self.fusion.state_dict() if self.fusion is not None else {},
-        }
-        return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the state of another trainer of the same configuration."""
-        parts: dict[str, dict[str, Tensor]] = {"teacher": {}, "thresholds": {}, "fusion": {}, "meter": {}}
-        for name, value in state.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value.to(self._ranks.device)
-        self.teacher.load_state_dict(parts["teacher"])
-        self.thresholds.load_state_dict(parts["thresholds"])
-        self._meter.load_state_dict(parts["meter"])
+        kept: dict[str, dict[str, Tensor]] = {"thresholds": self.thresholds.state_dict()}
         if self.fusion is not None:
-            self.fusion.load_state_dict(parts["fusion"])
+            kept["fusion"] = self.fusion.state_dict()
+        parts = [
+            *_renamed("student", self.engine.layout.parts()),
+            *_buffers("student", self.engine.network),
+            *_renamed("teacher", held_parts(self.teacher.network)),
+            *_buffers("teacher", self.teacher.network),
+            *(whole(f"{who}/{name}", value) for who, state in kept.items() for name, value in state.items()),
+        ]
+        scalars = {
+            "progress": vars(self.progress),
+            "updates": self.engine.layout.num_updates,
+            "teacher_steps": self.teacher.steps,
+            "meter": self._meter.state(),
+        }
 
-    def student_state(self) -> dict[str, Tensor]:
-        """Return the student's whole weights, whatever the ZeRO stage. Collective."""
-        state = {}
-        for name, parameter in self.engine.network.named_parameters():
-            with self.engine.whole(parameter) as value:
-                state[name] = value.float().cpu().clone()
-        buffers = set(self.engine.network.state_dict()) - set(state)
-        return state | {name: self.engine.network.get_buffer(name).cpu().clone() for name in buffers}
+        def settle(saved: dict[str, Any]) -> None:
+            self.progress = Progress(**saved["progress"])
+            self.engine.go_on(self.progress.step, saved["updates"])
+            self.teacher.steps = saved["teacher_steps"]
+            self._meter.restore(saved["meter"])
+            self.thresholds.load_state_dict(kept["thresholds"])
+            if self.fusion is not None:
+                self.fusion.load_state_dict(kept["fusion"])
+
+        return State(parts, copy.deepcopy(scalars), settle)
+
+    def student_weights(self) -> dict[str, Tensor]:
+        """Return the student's whole weights on the CPU, whatever the ZeRO stage. Collective."""
+        return self.engine.whole_state(self.engine.network)
+
+    def teacher_weights(self) -> dict[str, Tensor]:
+        """Return the teacher's whole weights on the CPU, whatever the ZeRO stage. Collective."""
+        return self.engine.whole_state(self.teacher.network)
+
+
+def _renamed(who: str, parts: list[Part]) -> list[Part]:
+    return [replace(part, name=f"{who}/{part.name}") for part in parts]
+
+
+def _buffers(who: str, network: Network) -> list[Part]:
+    """Return the buffers that a network saves, which ZeRO does not partition."""
+    parameters = dict(network.named_parameters())
+    return [
+        whole(f"{who}/buffer/{name}", network.get_buffer(name))
+        for name in network.state_dict()
+        if name not in parameters
+    ]

@@ -86,12 +86,14 @@ class LabelCorrelation:
         return ((count * correlation + prior * self._text) / (count + prior).clamp_min(1e-12)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the moments."""
+        """Return the prior and the moments."""
         parts = {"known": self._known} | ({"confidence": self._confidence} if self._confidence else {})
-        return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        moments = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        return {"text": self._text, **moments}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the moments of another instance."""
+        """Take prior and moments of another instance."""
+        self._text.copy_(state["text"])
         for name, part in (("known", self._known), ("confidence", self._confidence)):
             if part is not None:
                 prefix = f"{name}."

@@ -18,7 +18,8 @@ class Prompter(nn.Module):
         prompts = [f"{options.context} {name.replace('_', ' ')}." for name in class_names]
         tokens = text.tokenize(prompts)
         with torch.no_grad():
-            self.register_buffer("fixed", text(tokens).float(), persistent=False)
+            # saved, since another processor would compute other last digits
+            self.register_buffer("fixed", text(tokens).float())
             words = text.embed_tokens(tokens[0, 1 : 1 + text.count_words(options.context)]).float()
         self.register_buffer("tokens", tokens, persistent=False)
         self.context = nn.Parameter(words.clone()) if options.prompt is Prompt.learned else None

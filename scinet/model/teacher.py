@@ -1,9 +1,10 @@
-"""The EMA teacher: a copy of the student's trainable weights in fp32, never in the optimiser (method.md section 6)."""
+"""The EMA teacher: a copy of the student's trainable weights in fp32, never in the optimiser (method.md section 6).
+
+Under ZeRO 3 it is partitioned as the student is: the average is taken on each rank's share, and a forward pass has
+one layer whole at a time.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +25,22 @@ class Teacher:
         self.network = student.clone().float().eval()
         self.network.requires_grad_(False)
         self._decay = decay
-        self._steps = 0
+        self.steps = 0
 
-    def update(self, student: Network, whole: Callable[[nn.Parameter], AbstractContextManager[Tensor]]) -> None:
-        """Move towards the student. Collective where parameters are partitioned.
+    def update(self, student: Network) -> None:
+        """Move towards the student.
 
         The first steps forget faster, or a short run would still be the untrained start at its end (ours).
 
         Args:
-            student: after its step.
-            whole: gives the whole of a partitioned parameter.
+            student: after its step, partitioned as the teacher is.
         """
-        self._steps += 1
-        decay = min(self._decay, self._steps / (self._steps + 10))
+        self.steps += 1
+        decay = min(self._decay, self.steps / (self.steps + 10))
         with torch.no_grad():
             for mine, theirs in zip(self.network.parameters(), student.parameters(), strict=True):
-                with whole(theirs) as value:
-                    mine.lerp_(value.to(mine.dtype), 1 - decay)
+                target, source = local(mine), local(theirs)
+                target.lerp_(source.to(target.device, target.dtype), 1 - decay)
             for buffer, source in zip(self.network.buffers(), student.buffers(), strict=True):
                 buffer.copy_(source)
 
@@ -50,11 +50,8 @@ class Teacher:
             output: Output = self.network(inputs)
         return output
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return weights and the number of steps."""
-        return {**self.network.state_dict(), "steps": torch.tensor(self._steps)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the state of another teacher of the same network."""
-        self._steps = int(state["steps"])
-        self.network.load_state_dict({key: value for key, value in state.items() if key != "steps"})
+def local(parameter: nn.Parameter) -> Tensor:
+    """Return the elements of a parameter that this rank holds: all of them, or its share under ZeRO 3."""
+    share = getattr(parameter, "ds_tensor", None)
+    return parameter.data if share is None else share.data

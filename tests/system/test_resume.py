@@ -35,7 +35,7 @@ def words(small: tuple[str, ...], scenes: Path) -> tuple[str, ...]:
         f"train.epochs={EPOCHS}",
         "train.precision=fp32",
         "train.last_batch=train",
-        "train.save_every_steps=2",
+        "checkpoint.every_steps=2",
         "train.log_every_steps=3",  # no multiple of the above: sums since the last line must be saved too
         "loss.warmup_fraction=0.1",
         "loss.threshold_window=40",
@@ -57,7 +57,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 def _saved_step(run: Path) -> int:
     path = run / "checkpoints" / "latest.json"
-    return int(json.loads(path.read_text())["progress"]["step"]) if path.exists() else 0
+    return int(json.loads(path.read_text())["tag"].rpartition("-")[2]) if path.exists() else 0
 
 
 def _kill_after(step: int, command: list[str], run: Path, delay_s: float) -> None:
@@ -75,9 +75,9 @@ def _kill_after(step: int, command: list[str], run: Path, delay_s: float) -> Non
 
 def _assert_same(run: Path, unbroken: Path) -> None:
     assert _rows(run) == _rows(unbroken)
-    (mine,), (theirs,) = (list((folder / "checkpoints").glob("step-*/state.safetensors")) for folder in (run, unbroken))
-    assert mine.parent.name == theirs.parent.name
-    pairs = [(mine, theirs)]
+    mine, theirs = (sorted((folder / "checkpoints").glob("step-*/part-*")) for folder in (run, unbroken))
+    assert [path.parts[-2:] for path in mine] == [path.parts[-2:] for path in theirs]
+    pairs = list(zip(mine, theirs, strict=True))
     for who in ("teacher", "student"):
         pairs.append(
             (run / f"checkpoints/selected/{who}.safetensors", unbroken / f"checkpoints/selected/{who}.safetensors")

@@ -1,0 +1,163 @@
+"""Checkpoints are whole or not there, kept by policy, and a damaged one is passed over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from scinet.checkpoint.keeper import Keeper
+from scinet.distributed import Notes, Ranks, initialise
+from scinet.errors import CheckpointError
+from scinet.layout import whole
+from scinet.options import CheckpointOptions
+from scinet.rundir import RunDirectory
+from scinet.trainer import State
+
+
+class Counter:
+    """What a keeper sees of a trainer: one tensor that counts the steps."""
+
+    def __init__(self, size: int = 1000) -> None:
+        self.weight = torch.zeros(size)
+        self.progress = SimpleNamespace(step=0, epoch=0, judged=-1, last_map=-1.0)
+        self.engine = SimpleNamespace(zero_stage=0)
+
+    def go(self, step: int, holdout_map: float | None = None) -> Any:
+        self.progress.step = step
+        self.progress.judged = -1 if holdout_map is None else self.progress.epoch
+        self.progress.last_map = -1.0 if holdout_map is None else holdout_map
+        self.weight.fill_(step)
+        return self
+
+    def state(self) -> State:
+        def settle(saved: dict[str, Any]) -> None:
+            self.progress = SimpleNamespace(**saved["progress"])
+
+        return State([whole("weight", self.weight)], {"progress": dict(vars(self.progress))}, settle)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    return initialise(60)
+
+
+def _keeper(folder: Path, ranks: Ranks, **options: Any) -> Keeper:
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    return Keeper(RunDirectory(folder), CheckpointOptions(**options), ranks, patience_s=5, notes=Notes(ranks))
+
+
+def _save(keeper: Keeper, counter: Counter, *steps: int) -> None:
+    for step in steps:
+        keeper.save(counter.go(step))
+    keeper.wait()
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.rpartition("-")[2]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def _loaded(folder: Path, ranks: Ranks) -> tuple[int, list[str]]:
+    counter, said = Counter(), []
+    assert _keeper(folder, ranks).load(counter, said.append)  # type: ignore[arg-type]
+    assert (counter.weight == counter.progress.step).all()
+    return counter.progress.step, said
+
+
+def test_nothing_is_loaded_when_there_is_nothing(tmp_path: Path, ranks: Ranks) -> None:
+    assert not _keeper(tmp_path, ranks).load(Counter(), print)  # type: ignore[arg-type]
+
+
+def test_newest_is_loaded_and_the_oldest_go(tmp_path: Path, ranks: Ranks) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(), 1, 2, 3, 4)
+    assert _steps(tmp_path) == [3, 4]
+    assert _loaded(tmp_path, ranks) == (4, [])
+
+
+def test_policy_keeps_the_last_the_best_and_every_so_many(tmp_path: Path, ranks: Ranks) -> None:
+    keeper, counter = _keeper(tmp_path, ranks, keep_last=1, keep_best=2, keep_every_steps=4), Counter()
+    for step, holdout_map in ((1, 10.0), (2, 90.0), (3, 20.0), (4, None), (5, 80.0), (6, 30.0), (7, None)):
+        keeper.save(counter.go(step, holdout_map))
+    keeper.wait()
+    assert _steps(tmp_path) == [2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("damaged", ["part-00000-of-00001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_previous_is_taken_when_the_newest_is_damaged(tmp_path: Path, ranks: Ranks, damaged: str, how: str) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(), 1, 2)
+    path = tmp_path / "checkpoints/step-0000000002" / damaged
+    content = path.read_bytes()
+    if how == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if how == "cut" else content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+    step, said = _loaded(tmp_path, ranks)
+    assert step == 1
+    (line,) = said
+    assert "step-0000000002 is damaged" in line
+    assert damaged in line
+    keeper, counter = _keeper(tmp_path, ranks), Counter()
+    _save(keeper, counter, 2)
+    assert _loaded(tmp_path, ranks) == (2, [])
+
+
+def test_error_counts_the_checkpoints_when_none_is_whole(tmp_path: Path, ranks: Ranks) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(), 1, 2)
+    for path in (tmp_path / "checkpoints").glob("*/part-*"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints in"):
+        _keeper(tmp_path, ranks).load(Counter(), lambda _: None)  # type: ignore[arg-type]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path, ranks: Ranks) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(), 1)
+    left = tmp_path / "checkpoints/.step-0000000002.part"
+    left.mkdir()
+    (left / "part-00000-of-00001.safetensors").write_bytes(b"half")
+    (tmp_path / "checkpoints/latest.json").unlink()
+    assert _loaded(tmp_path, ranks) == (1, [])
+    assert not left.exists()
+
+
+def test_an_older_one_is_taken_when_latest_names_it(tmp_path: Path, ranks: Ranks) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(), 1, 2)
+    (tmp_path / "checkpoints/latest.json").write_text('{"tag": "step-0000000001"}')
+    assert _loaded(tmp_path, ranks) == (1, [])
+
+
+def test_error_names_the_tensor_when_it_has_another_shape(tmp_path: Path, ranks: Ranks) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(8), 1)
+    with pytest.raises(CheckpointError, match=r"'weight' has shape \[8\], this run has \[9\]"):
+        _keeper(tmp_path, ranks).load(Counter(9), print)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_previous_stays_when_a_file_cannot_be_written(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = _keeper(tmp_path, ranks)
+    _save(keeper, Counter(10), 1)
+    with caplog.at_level(logging.WARNING, logger="scinet"):
+        _save(keeper, Counter(100_000), 2)
+    assert "step-0000000002 was not written (rank 0: File too large): the previous one stays" in caplog.text
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest.json", "step-0000000001"]
+    _save(keeper, Counter(10), 3)
+    assert _steps(tmp_path) == [1, 3]
