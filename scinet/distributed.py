@@ -255,6 +255,12 @@ class Notes:
             if self._store is not None:
                 self._store.set(self._prefix + key, text)
 
+    def is_first(self, key: str) -> bool:
+        """Return whether no rank has asked this before; True where the others cannot be reached."""
+        with contextlib.suppress(RuntimeError):
+            return self._store is None or self._store.add(self._prefix + key, 1) == 1
+        return True
+
     def get(self, key: str) -> str | None:
         """Return a text, or None if there is none yet; does not wait."""
         try:
@@ -263,6 +269,11 @@ class Notes:
             return self._store.get(self._prefix + key).decode()
         except RuntimeError:
             return None
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Return whether an error comes from a connection to another rank rather than from this one's work."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def shut_down() -> None:

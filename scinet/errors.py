@@ -45,6 +45,24 @@ class TrainingError(ScinetError):
     """Training cannot go on, for instance because the loss is not finite."""
 
 
+class PeerLost(ScinetError):
+    """Another rank was killed, cannot be reached or hangs: the same command with ``--resume auto`` goes on."""
+
+    exit_status = 142  # from 128 on a scheduler may start again; 128 + SIGALRM
+
+
+class LoaderLost(DataError):
+    """A loader process was killed, as a machine does that runs out of memory: starting again goes on."""
+
+    exit_status = PeerLost.exit_status
+
+
+class Preempted(ScinetError):
+    """SIGTERM ended the run: the same command with ``--resume auto`` goes on."""
+
+    exit_status = 143  # 128 + SIGTERM, what shells report of a process that it ended
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known spelling nearest to ``word``, or an empty string."""
     candidates = [candidate for candidate in known if candidate != word]

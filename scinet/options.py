@@ -94,6 +94,13 @@ class OnBadSample(enum.Enum):
     skip = "skip"
 
 
+class OnBadNumbers(enum.Enum):
+    """``stop``: a loss or gradient that is not finite ends the run; ``skip``: its step is left out, on all ranks."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 class LastBatch(enum.Enum):
     """``drop``: an epoch's short last global batch is left out; ``train``: it is a step like the others."""
 
@@ -224,7 +231,12 @@ class TrainOptions:
     ema_per_epoch: float = option(0.82, "share of the teacher that an epoch keeps", low=0.0, high=1.0)
     log_every_steps: int = option(10, "steps between two lines of metrics.jsonl", low=1)
     evaluate_every_epochs: int = option(1, "epochs between two evaluations on the hold-out", low=1)
-    collective_timeout_s: int = option(600, "longest wait for another rank", low=1)
+    collective_timeout_s: int = option(600, "longest wait for another rank in a collective call", low=1)
+    hang_timeout_s: float = option(300.0, "longest time without progress before a rank that hangs is named", low=1.0)
+    on_bad_numbers: OnBadNumbers = option(
+        OnBadNumbers.stop, "stop at a loss or gradient that is not finite, or leave the step out"
+    )
+    max_bad_steps: int = option(10, "steps left out in a row beyond which a run stops", low=0)
     last_batch: LastBatch = option(LastBatch.drop, "what happens to the rest of an epoch that fills no global batch")
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,6 +39,9 @@ _FREE_ON_RESUME = {
     "checkpoint.keep_best",
     "checkpoint.keep_every_steps",
     "train.collective_timeout_s",
+    "train.hang_timeout_s",
+    "train.on_bad_numbers",
+    "train.max_bad_steps",
 }
 _LOCK = ".lock"
 _PACKAGES = (
@@ -75,6 +79,11 @@ class RunDirectory:
         return self.path / "evaluation.json"
 
     @property
+    def bad_numbers(self) -> Path:
+        """Batches whose loss or gradient was not finite."""
+        return self.path / "bad-numbers"
+
+    @property
     def checkpoints(self) -> Path:
         """Weights and state."""
         return self.path / "checkpoints"
@@ -100,27 +109,41 @@ def create(options: Options) -> RunDirectory:
 
 
 @contextlib.contextmanager
-def locked(run: RunDirectory) -> Iterator[None]:
+def locked(run: RunDirectory, *, patience_s: float = 0.0) -> Iterator[None]:
     """Keep other processes from writing the run; the lock ends with this process, however that ends.
+
+    Args:
+        run: to be written.
+        patience_s: how long a process that has it may take to end.
 
     Raises:
         ConfigError: if another process writes it, perhaps one that outlived its launcher.
     """
     handle = os.open(run.checkpoints / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    deadline = time.monotonic() + patience_s
     try:
-        try:
-            # a lock of this process alone: that of flock() would live on in loader processes
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(handle, 200, 0).decode(errors="replace") or "unknown"
-            raise ConfigError(
-                f"{run.path} is being written by another process ({owner}): wait for it or end it, or set another name"
-            ) from error
+        # a lock of this process alone: that of flock() would live on in loader processes
+        while not _takes_lock(handle):
+            if time.monotonic() >= deadline:
+                owner = os.pread(handle, 200, 0).decode(errors="replace") or "unknown"
+                raise ConfigError(
+                    f"{run.path} is being written by another process ({owner}): wait for it or end it, or set another "
+                    "name"
+                )
+            time.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _takes_lock(handle: int) -> bool:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def discard_if_never_started(run: RunDirectory) -> None:

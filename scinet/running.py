@@ -22,17 +22,21 @@ from scinet.distributed import (
     has_failure_elsewhere,
     initialise,
     is_first_failure,
+    is_lost_contact,
     shut_down,
 )
-from scinet.errors import ScinetError, TrainingError
+from scinet.errors import PeerLost, Preempted, ScinetError, TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
+from scinet.guard import Sentry
 from scinet.materials import Materials
 from scinet.options import Method, Options
 from scinet.report import summary
 from scinet.rundir import RunDirectory
 from scinet.telemetry import MetricsLog, Silence, Terminal, Voice, configure_logging
 from scinet.trainer import Trainer
+
+_END_OF_ANOTHER_S = 60.0
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -45,16 +49,22 @@ def run(options: Options) -> dict[str, Any]:
         materials.check(options)
         ranks = initialise(options.train.collective_timeout_s)
         configure_logging(ranks.is_first)
-        with _voice(ranks) as voice:
-            return _run(options, ranks, voice)
+        sentry = Sentry(ranks, Notes(ranks), hang_timeout_s=options.train.hang_timeout_s)
+        with _voice(ranks) as voice, sentry.on_duty():
+            return _run(options, ranks, voice, sentry)
     except ScinetError as error:
         error.is_told = not is_first_failure()
         raise
     except RuntimeError as error:
-        if not has_failure_elsewhere():
+        if has_failure_elsewhere():
+            stopped: ScinetError = TrainingError("this rank stops because another failed")
+            stopped.is_told = True
+        elif is_lost_contact(error):
+            first_line = str(error).partition("\n")[0]
+            stopped = PeerLost(f"another rank was lost ({first_line}): the same command with --resume auto goes on")
+            stopped.is_told = not is_first_failure()
+        else:
             raise
-        stopped = TrainingError("this rank stops because another failed")
-        stopped.is_told = True
         raise stopped from error
     finally:
         shut_down()
@@ -69,23 +79,30 @@ def _voice(ranks: Ranks) -> Iterator[Voice]:
         yield terminal
 
 
-def _run(options: Options, ranks: Ranks, voice: Voice) -> dict[str, Any]:
+def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[str, Any]:
     started = time.monotonic()
     directory: RunDirectory = from_first_rank(lambda: rundir.create(options), ranks)
     where = transports.shown(options.data.path)
     voice.say(f"{options.method.value} ({options.profile.value}) on {where}, {ranks.world_size} rank(s)")
+    if options.resume and directory.evaluation.is_file():
+        voice.say(f"{directory.path} is finished: there is nothing to go on with")
+        return rundir.read_evaluation(directory)
     if options.baseline:
         rundir.read_evaluation(rundir.find(Path(options.baseline))[0])
     with contextlib.ExitStack() as held:
-        from_first_rank(lambda: held.enter_context(rundir.locked(directory)), ranks)
+        # a process that was asked to end may still be at its checkpoint
+        patience_s = _END_OF_ANOTHER_S if options.resume else 0.0
+        from_first_rank(lambda: held.enter_context(rundir.locked(directory, patience_s=patience_s)), ranks)
         try:
-            return _carry_out(options, ranks, voice, directory, started)
+            return _carry_out(options, ranks, voice, sentry, directory, started)
         finally:
             if ranks.is_first:
                 rundir.discard_if_never_started(directory)
 
 
-def _carry_out(options: Options, ranks: Ranks, voice: Voice, directory: RunDirectory, started: float) -> dict[str, Any]:
+def _carry_out(
+    options: Options, ranks: Ranks, voice: Voice, sentry: Sentry, directory: RunDirectory, started: float
+) -> dict[str, Any]:
     made = materials.gather(options, ranks, voice.progress)
     for doubt in materials.doubts(made.card):
         voice.say(f"warning: {doubt}")
@@ -102,7 +119,7 @@ def _carry_out(options: Options, ranks: Ranks, voice: Voice, directory: RunDirec
         history: list[dict[str, Any]] = []
     else:
         log = MetricsLog(directory.metrics if ranks.is_first else None)
-        scores, correlation = _train(options, made, ranks, voice, directory, log, evaluation)
+        scores, correlation = _train(options, made, ranks, voice, sentry, directory, log, evaluation)
         history = log.rows
     evaluation["seconds"] = time.monotonic() - started
     if ranks.is_first:
@@ -140,12 +157,13 @@ def _train(
     made: Materials,
     ranks: Ranks,
     voice: Voice,
+    sentry: Sentry,
     directory: RunDirectory,
     log: MetricsLog,
     evaluation: dict[str, Any],
 ) -> tuple[Scores, Tensor | None]:
     """Train and fill in the evaluation; return the selected teacher's test scores and the label correlation."""
-    trainer = Trainer(options, made, ranks, log, voice)
+    trainer = Trainer(options, made, ranks, log, voice, sentry)
     _describe(directory, options, made, ranks)
     keeper = Keeper(
         directory, options.checkpoint, ranks, patience_s=options.train.collective_timeout_s, notes=Notes(ranks)
@@ -159,19 +177,23 @@ def _train(
         if every and trainer.progress.step % every == 0 and not trainer.evaluation_is_due:
             keeper.save(trainer)
 
-    while trainer.evaluation_is_due or not trainer.is_finished:
-        if trainer.evaluation_is_due:
-            if trainer.evaluate_holdout():
-                weights.save_selected(directory, trainer, made.card.class_names, ranks)
-            keeper.save(trainer)
-        else:
-            trainer.train_epoch(after_step)
-    keeper.wait()
-    evaluation["last"] = {
-        "step": trainer.progress.step,
-        "teacher": judge(trainer.score("test", use_teacher=True)),
-        "student": judge(trainer.score("test", use_teacher=False)),
-    }
+    with sentry.training():
+        try:
+            while trainer.evaluation_is_due or not trainer.is_finished:
+                if trainer.evaluation_is_due:
+                    if trainer.evaluate_holdout():
+                        weights.save_selected(directory, trainer, made.card.class_names, ranks)
+                    keeper.save(trainer)
+                else:
+                    trainer.train_epoch(after_step)
+            evaluation["last"] = {
+                "step": trainer.progress.step,
+                "teacher": judge(trainer.score("test", use_teacher=True)),
+                "student": judge(trainer.score("test", use_teacher=False)),
+            }
+        except Preempted as error:
+            raise _kept(keeper, trainer) from error
+        keeper.wait()
     selected = {}
     scores: Scores | None = None
     for who in ("student", "teacher"):
@@ -187,6 +209,16 @@ def _train(
     assert scores is not None
     correlation = None if trainer.fusion is None else trainer.fusion.correlation.shrunk().cpu()
     return scores, correlation
+
+
+def _kept(keeper: Keeper, trainer: Trainer) -> Preempted:
+    """Write a checkpoint of a run that was asked to stop, and return what to say. Collective."""
+    keeper.save(trainer)
+    keeper.wait()
+    return Preempted(
+        f"stopped by SIGTERM after step {trainer.progress.step} of {trainer.total_steps}, its checkpoint is written: "
+        "the same command with --resume auto goes on"
+    )
 
 
 def _say_result(voice: Voice, evaluation: dict[str, Any], page: Path) -> None:

@@ -13,6 +13,7 @@ EPILOG = """examples:
   deepspeed --num_gpus 2 scinet/train.py --config configs/quickstart.yaml train.epochs=5
   torchrun --nproc-per-node 2 scinet/train.py --config configs/quickstart.yaml name=two-ranks
   python scinet/train.py --config configs/quickstart.yaml method=bce name=baseline
+  scinet-launch --restarts 3 -- scinet/train.py --config configs/quickstart.yaml --resume auto
 """
 
 
@@ -31,12 +32,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", type=Path, help="a YAML file; without it the defaults hold")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        help="auto: go on with the run that the directory holds, or begin it; never (the default): refuse a directory "
+        "that holds one",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Run the command and return its exit status.
+
+    0 done, 1 failed in a way that a restart repeats, 2 wrong usage, 130 Ctrl-C; from 128 on starting again with
+    ``--resume auto`` goes on: 142 another rank was lost, 143 SIGTERM.
+    """
     arguments = _parser().parse_intermixed_args(argv)
     try:
         from scinet import config, running
@@ -46,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
-        options = config.load(arguments.config, arguments.overrides)
+        given = [] if arguments.resume is None else [f"resume={str(arguments.resume == 'auto').lower()}"]
+        options = config.load(arguments.config, [*arguments.overrides, *given])
         speaks = True  # from here on the ranks agree on who does
         running.run(options)
     except ScinetError as error:

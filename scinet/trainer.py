@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scinet import badnumbers
 from scinet.data.batch import Batch
 from scinet.data.stream import check_skipped
-from scinet.distributed import Ranks, gather_rows, share_first, sum_over_ranks
+from scinet.distributed import Ranks, gather_objects, gather_rows, share_first, sum_over_ranks
 from scinet.engine import Engine, partition, uses_bf16
 from scinet.errors import TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
+from scinet.guard import Guard
 from scinet.layout import Part, held_parts, whole
 from scinet.materials import Materials, share_of
 from scinet.metering import Meter, Progress
 from scinet.model.label_graph import adjacency, text_correlation
-from scinet.model.network import Network
+from scinet.model.network import Network, Output
 from scinet.model.teacher import Teacher
 from scinet.objective import Look, Objective, Phase, Step
-from scinet.options import CorrelationSource, Method, OnBadSample, Options, Profile
+from scinet.options import CorrelationSource, Method, OnBadNumbers, OnBadSample, Options, Profile
+from scinet.rundir import RunDirectory
 from scinet.telemetry import MetricsLog, Voice
 
+_log = logging.getLogger(__name__)
+_MOST_FINDINGS = 3
 _TEACHER_VIEW = {Profile.paper: 1, Profile.release: 2}
 
 
@@ -49,9 +56,18 @@ class State:
 class Trainer:
     """Student, teacher, fusion and thresholds, and one pass of the loop over them."""
 
-    def __init__(self, options: Options, materials: Materials, ranks: Ranks, log: MetricsLog, voice: Voice) -> None:
+    def __init__(
+        self,
+        options: Options,
+        materials: Materials,
+        ranks: Ranks,
+        log: MetricsLog,
+        voice: Voice,
+        guard: Guard | None = None,
+    ) -> None:
         """Build everything that trains. Collective."""
         self._options, self._materials, self._ranks, self._log, self._voice = options, materials, ranks, log, voice
+        self._guard = guard or Guard()
         train = options.train
         self._source = materials.training(options, share_of(options, ranks))
         self._steps_per_epoch = self._source.steps_per_epoch
@@ -69,6 +85,7 @@ class Trainer:
         if self.engine.zero_stage == 3:
             partition(self.teacher.network, options, ranks.world_size)
         self.progress = Progress()
+        self._bad_folder = RunDirectory(Path(options.output) / options.name).bad_numbers
         self._meter = Meter(
             log, ranks, num_classes=materials.card.num_classes, accumulation_steps=train.accumulation_steps
         )
@@ -146,18 +163,21 @@ class Trainer:
         end = min(self.total_steps, (epoch + 1) * self._steps_per_epoch)
         batches = iter(self._source.epoch(epoch, first - epoch * self._steps_per_epoch))
         for _ in range(first, end):
+            self._guard.mark(f"reading data for step {progress.step + 1}")
             started = time.monotonic()
             micro = [batch.to(self._ranks.device) for batch in islice(batches, train.accumulation_steps)]
             self._meter.wait(time.monotonic() - started)
+            self._guard.mark(f"step {progress.step + 1}")
             num_valid = self._count(micro)
             steps = self.train_step(micro, num_valid)
             self._meter.add(steps, micro, num_valid)
             if progress.step % train.log_every_steps == 0 or self.is_finished:
-                self._write(steps[-1], micro[-1])
+                self._write(steps[-1] if steps else None, micro[-1])
             if progress.step == end:
                 progress.epoch += 1
                 self._meter.begin()
             after_step()
+            self._guard.boundary("going on")
 
     def _count(self, micro: list[Batch]) -> int:
         """Return the samples of a global batch, and keep count of those that were skipped. Collective.
@@ -185,7 +205,10 @@ class Trainer:
             num_valid: samples of the global batch.
 
         Returns:
-            what each micro-batch gave.
+            what each micro-batch gave; nothing if the step was left out because of bad numbers.
+
+        Raises:
+            TrainingError: at bad numbers, as ``train.on_bad_numbers`` says.
         """
         train = self._options.train
         warmup_steps = self._options.loss.warmup_fraction * self.total_steps
@@ -196,8 +219,16 @@ class Trainer:
         for place, batch in enumerate(micro):
             student = self.engine.forward(batch.inputs)
             steps.append(self._objective(student, batch, phase, size, look, place))
-            self.engine.step(steps[-1].loss)
+            is_sound = self.engine.step(steps[-1].loss)
         self.progress.step += 1
+        if not is_sound:
+
+            def lose(output: Output, place: int) -> Step:
+                return self._objective(output, micro[place], phase, size, look, place)
+
+            self._leave_out(micro, look, lose)
+            return []
+        self.progress.bad_in_a_row = 0
         if look is not None and self.fusion is not None:
             everyone, passed = look.answers()
             self.fusion.update(everyone)
@@ -223,7 +254,37 @@ class Trainer:
             graph = adjacency(fusion.correlation.shrunk(), self._options.correlation.graph_top_k)
             self.engine.network.get_buffer("graph").copy_(graph)
 
-    def _write(self, step: Step, batch: Batch) -> None:
+    def _leave_out(self, micro: list[Batch], look: Look | None, lose: Callable[[Output, int], Step]) -> None:
+        """Say where a step's bad numbers come from, keep the batches, and go on or stop. Collective.
+
+        Raises:
+            TrainingError: on all ranks alike.
+        """
+        progress, train, rank = self.progress, self._options.train, self._ranks.rank
+        progress.bad_steps += 1
+        progress.bad_in_a_row += 1
+        findings = []
+        for place, batch in enumerate(micro):
+            is_teachers = look is not None and not bool(look.mine[place].confidence.isfinite().all())
+            where = badnumbers.find(self.engine.network, batch, place, lose)
+            if is_teachers or where:
+                where = "in the teacher's output" if is_teachers else str(where)
+                path = badnumbers.dump(self._bad_folder, batch, step=progress.step, rank=rank, place=place, where=where)
+                findings.append(f"on rank {rank}, {where} (samples {badnumbers.named(batch.ids)}; kept in {path})")
+        findings = [text for own in gather_objects([findings], self._ranks) for text in own]
+        told = "; ".join(findings[:_MOST_FINDINGS]) or "only in the sum of all ranks' gradients"
+        message = f"step {progress.step} has numbers that are not finite, first {told}"
+        if train.on_bad_numbers is OnBadNumbers.stop:
+            raise TrainingError(
+                f"{message}: look at the batch, lower optimizer.learning_rate, or set train.on_bad_numbers=skip"
+            )
+        if progress.bad_in_a_row > train.max_bad_steps:
+            raise TrainingError(
+                f"{message}: it is the {progress.bad_in_a_row}th in a row, train.max_bad_steps={train.max_bad_steps}"
+            )
+        _log.warning("%s: the step is left out", message)
+
+    def _write(self, step: Step | None, batch: Batch) -> None:
         """Write a line of metrics.jsonl, and show where the run stands. Collective."""
         figures: dict[str, Any] = {
             "learning_rate": self.engine.learning_rate(),
@@ -231,12 +292,10 @@ class Trainer:
         }
         if self._options.data.on_bad_sample is OnBadSample.skip:
             figures["skipped_samples"] = self.progress.skipped
+        if self._options.train.on_bad_numbers is OnBadNumbers.skip:
+            figures["bad_steps"] = self.progress.bad_steps
         row = self._meter.write(self.progress, figures, step, batch)
-        loss = row["loss/total"]
-        if loss != loss or abs(loss) == float("inf"):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.progress.step}: lower optimizer.learning_rate or look at the batch"
-            )
+        loss = row.get("loss/total", float("nan"))
         detail = f"loss {loss:.3f}  {row['samples_per_second']:.0f} samples/s"
         if self.progress.best_map >= 0:
             detail += f"  hold-out mAP {self.progress.best_map:.1f}"
@@ -248,7 +307,7 @@ class Trainer:
         if not use_teacher:
             self.engine.train(False)
             forward = self.engine.forward
-        return self._materials.plain(split).score(forward, self._ranks)
+        return self._materials.plain(split).score(forward, self._ranks, self._guard)
 
     def evaluate_holdout(self) -> bool:
         """Evaluate the teacher on the hold-out, and return whether it is the best so far. Collective."""

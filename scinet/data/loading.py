@@ -6,11 +6,13 @@ tensor that it moves between processes.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from itertools import islice, zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from scinet.data.examples import Example
 from scinet.data.views import Drawn
-from scinet.errors import DataError
+from scinet.errors import LoaderLost
 
+_children: weakref.WeakSet[Any] = weakref.WeakSet()
 _BATCHES_AHEAD = 2
 _PARCEL = 16
 # each holds an open file until it is taken, and a process may have 1,024
@@ -49,13 +52,20 @@ def loaded(stream: IterableDataset[Any], *, workers: int, batch_size: int) -> It
         batch_size: items that the caller takes between two steps; about twice as many are read ahead.
 
     Raises:
-        DataError: if one of the processes is killed.
+        LoaderLost: if one of the processes is killed.
     """
     if not workers:
         yield from stream
         return
     size, ahead = _parcels(workers, batch_size)
-    parcels = DataLoader(stream, batch_size=size, collate_fn=_packed, num_workers=workers, prefetch_factor=ahead)
+    parcels = DataLoader(
+        stream,
+        batch_size=size,
+        collate_fn=_packed,
+        num_workers=workers,
+        prefetch_factor=ahead,
+        worker_init_fn=_outlive_sigterm,
+    )
     for turn in _turns(parcels, workers):
         for items in zip_longest(*map(_unpacked, turn)):
             yield from (item for item in items if item is not None)
@@ -86,7 +96,7 @@ def _turns(parcels: DataLoader[Any], workers: int) -> Iterator[list[_Parcel]]:
         if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and not is_torchs):
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise DataError(
+        raise LoaderLost(
             f"a loader process ended before its samples: {reason}; if memory ran out, lower data.workers or "
             "data.shuffle_window"
         ) from error
@@ -97,13 +107,28 @@ def _started(parcels: DataLoader[Any]) -> Iterator[_Parcel]:
 
     torch's handler of SIGCHLD raises wherever this process happens to be, within a backward pass for instance.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(parcels)
+    is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
     try:
-        return iter(parcels)
+        coming: Any = iter(parcels)
+        _children.update(coming._workers)
+        return cast(Iterator[_Parcel], coming)
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        if is_main:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _outlive_sigterm(_worker: int) -> None:
+    """Let a launcher's SIGTERM, sent to all processes, leave the samples that the last step needs."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_children() -> None:
+    """End what is left, before multiprocessing would wait for processes that take no SIGTERM."""
+    for child in _children:
+        if child.is_alive():
+            child.kill()
 
 
 def _packed(items: list[Any]) -> _Parcel:

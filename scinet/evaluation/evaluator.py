@@ -14,6 +14,7 @@ from scinet.data.card import DataCard
 from scinet.data.stream import BadSamples, StoredSample, check_skipped, read_evenly
 from scinet.data.views import SHARD_FORMATS, Views, decode
 from scinet.distributed import Ranks, gather_rows
+from scinet.guard import Guard
 from scinet.model.network import Output
 from scinet.options import DataOptions
 
@@ -51,14 +52,17 @@ class PlainSplit:
         self._bad = BadSamples()
         self.num_samples = card.split(name).num_samples
 
-    def score(self, forward: Callable[[Tensor], Output], ranks: Ranks) -> Scores:
+    def score(self, forward: Callable[[Tensor], Output], ranks: Ranks, guard: Guard | None = None) -> Scores:
         """Run a model over the split; skipped samples are left out. Collective.
 
         Raises:
             DataError: if a sample is bad, or too many were skipped.
+            Preempted: between two batches, if the guard was asked to stop.
         """
+        guard = guard or Guard()
         columns: tuple[list[Tensor], ...] = ([], [], [])
         for inputs, labels, valid in self._batches(ranks):
+            guard.boundary(f"evaluating on '{self._name}'")
             with torch.no_grad():
                 columns[0].append(torch.sigmoid(forward(inputs.to(ranks.device)).logits).float())
             columns[1].append(labels.to(ranks.device))
