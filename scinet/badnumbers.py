@@ -32,8 +32,6 @@ def find(network: nn.Module, batch: Batch, place: int, lose: Callable[[Output, i
         place: of it in its step.
         lose: from the network's output and the place to what the micro-batch gave.
     """
-    if not _is_finite(batch.inputs):
-        return "in its input"
     weight = next((name for name, value in network.named_parameters() if not _is_finite(local(value))), None)
     outputs: list[tuple[str, Tensor]] = []
     first: list[str] = []
@@ -54,7 +52,10 @@ def find(network: nn.Module, batch: Batch, place: int, lose: Callable[[Output, i
     finally:
         for handle in handles:
             handle.remove()
-    # every rank has made the same collective calls by now, so each may return as it finds
+    # under ZeRO 3 this too is collective, so it comes before the first return
+    gradient = _in_gradients(network, step.loss, outputs)
+    if not _is_finite(batch.inputs):
+        return "in its input"
     if weight:
         return f"in the weight '{weight}'"
     if first:
@@ -62,21 +63,19 @@ def find(network: nn.Module, batch: Batch, place: int, lose: Callable[[Output, i
     part = next((name for name, value in step.parts.items() if not _is_finite(value)), None)
     if part or not _is_finite(step.loss):
         return f"in the loss '{part or 'total'}'"
-    return _in_gradients(network, step.loss, outputs)
+    return gradient
 
 
 def _in_gradients(network: nn.Module, loss: Tensor, outputs: list[tuple[str, Tensor]]) -> str | None:
     """Return the module in whose backward pass the first bad number arises; ZeRO 3 gathers weights on the way."""
-    weights = [(name, value) for name, value in network.named_parameters() if value.requires_grad]
-    sources = [tensor for _, tensor in outputs]
-    shares = [value for _, value in weights if value.numel()]
-    found = torch.autograd.grad(loss, [*sources, *shares], allow_unused=True)
+    # a partitioned weight is whole on the way only
+    weights = [(name, value) for name, value in network.named_parameters() if value.requires_grad and value.numel()]
+    found = torch.autograd.grad(loss, [tensor for _, tensor in [*outputs, *weights]], allow_unused=True)
     # the last output to be made is the first to receive its gradient
-    for (name, _), gradient in reversed(list(zip(outputs, found[: len(sources)], strict=True))):
+    for (name, _), gradient in reversed(list(zip(outputs, found[: len(outputs)], strict=True))):
         if gradient is not None and not _is_finite(gradient):
             return f"in the gradient at the output of '{name}'"
-    names = [name for name, value in weights if value.numel()]
-    for name, gradient in zip(names, found[len(sources) :], strict=True):
+    for (name, _), gradient in zip(weights, found[len(outputs) :], strict=True):
         if gradient is not None and not _is_finite(gradient):
             return f"in the gradient of the weight '{name}'"
     return None

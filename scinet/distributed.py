@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -72,7 +73,8 @@ def initialise(timeout_s: int) -> Ranks:
 
 
 def _quieten_deepspeed() -> None:
-    """DeepSpeed logs its settings at INFO on every rank; its warnings stay."""
+    """DeepSpeed logs its settings at INFO on every rank, and calls torch by names of yesterday; its warnings stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -143,7 +145,7 @@ def start_gather(columns: Iterable[Tensor], ranks: Ranks) -> Gathering:
         return Gathering(columns, None, None)
     packed = torch.cat([column.contiguous().view(len(column), -1).view(torch.uint8) for column in columns], 1)
     received = packed.new_empty(ranks.world_size * len(packed), packed.shape[1])
-    work = dist.all_gather_into_tensor(received, packed, async_op=True)
+    work = dist.all_gather_single(received, packed, async_op=True)
     return Gathering(columns, received, work)
 
 

@@ -152,6 +152,7 @@ class ModelOptions:
     attention_heads: int = option(4, "heads of that attention; must divide the embedding width", low=1)
     label_graph: bool = option(True, "graph convolutions over the label correlation on the text side")
     logit_scale: float = option(10.0, "s in z = s cos(f, t) + b; 0 takes the backbone's own", low=0.0, high=200.0)
+    activation_checkpointing: bool = option(False, "towers compute activations twice instead of keeping them")
     learned_bias: bool = option(True, "train b, started at the label density; false: b = 0")
 
 

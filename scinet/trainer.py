@@ -170,7 +170,8 @@ class Trainer:
             self._guard.mark(f"step {progress.step + 1}")
             num_valid = self._count(micro)
             steps = self.train_step(micro, num_valid)
-            self._meter.add(steps, micro, num_valid)
+            if steps:
+                self._meter.add(steps, micro, num_valid)
             if progress.step % train.log_every_steps == 0 or self.is_finished:
                 self._write(steps[-1] if steps else None, micro[-1])
             if progress.step == end:

@@ -17,6 +17,7 @@ from scinet.errors import ConfigError
 from scinet.model.backbone import Backbone, ImageTower, TextTower
 from scinet.model.label_graph import LabelGraph, adjacency, text_correlation
 from scinet.model.prompter import CrossAttention, Prompter
+from scinet.model.recomputing import recompute_blocks
 from scinet.options import BiDominant, ModelOptions
 
 
@@ -62,6 +63,10 @@ class Network(nn.Module):
             backbone.image.trunk.requires_grad_(False)
         self.image = None if freezes else copy.deepcopy(backbone.image)
         self.projection = copy.deepcopy(backbone.image.projection) if freezes else None
+        if options.activation_checkpointing:
+            recompute_blocks(backbone.text)
+            if self.image is not None:
+                recompute_blocks(self.image)
         self.prompter = Prompter(backbone.text, class_names, options)
         self.label_graph = LabelGraph(backbone.width) if options.label_graph else None
         is_late = options.bi_dominant is BiDominant.late
