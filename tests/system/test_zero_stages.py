@@ -1,10 +1,9 @@
-"""Every ZeRO stage trains the same model on two ranks."""
+"""Every ZeRO stage trains on two ranks what plain PyTorch trains in one process: loss curve, student and teacher."""
 
 from __future__ import annotations
 
 import json
 import math
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,15 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 WORKER = Path(__file__).parent / "worker_zero_stages.py"
 TOLERANCE = 1e-5
-STEPS = 3
+NORM_TOLERANCE = 5e-5  # plain PyTorch sums squares in fp32, which loses 2e-5 on the CPU
+STEPS, BF16_STEPS = 20, 3
+SAME = (
+    *(f"fp32-{stage}" for stage in range(4)),
+    *(f"accumulated-{stage}" for stage in (0, 2, 3)),
+    *(f"offload-{stage}" for stage in (2, 3)),
+    *(f"recomputed-{stage}" for stage in (0, 3)),
+)
+LOSSES = ("loss/total", "loss/supervised", "loss/consistency_weak", "loss/consistency_medium", "loss/distillation")
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -46,30 +53,32 @@ def rows(folder: Path) -> Rows:
     return found
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("fp32", 1), ("fp32", 2), ("fp32", 3), ("accumulated", 2)])
-def test_training_is_equal_when_only_the_stage_differs(folder: Path, rows: Rows, kind: str, stage: int) -> None:
-    want, got = rows[f"{kind}-0"], rows[f"{kind}-{stage}"]
-    assert len(want) == len(got) == STEPS
+def _steps(rows: Rows, name: str) -> list[dict[str, Any]]:
+    return [row for row in rows[name] if "loss/total" in row]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_training_is_that_of_plain_pytorch(folder: Path, rows: Rows, name: str) -> None:
+    want, got = _steps(rows, "plain"), _steps(rows, name)
+    assert [row["step"] for row in got] == [row["step"] for row in want] == list(range(1, STEPS + 1))
     for want_row, got_row in zip(want, got, strict=True):
-        for name in ("loss/total", "loss/supervised", "loss/distillation", "gradient_norm", "learning_rate"):
-            assert got_row[name] == pytest.approx(want_row[name], rel=TOLERANCE), name
-    expected = load_file(str(folder / f"{kind}-0.safetensors"))
-    state = load_file(str(folder / f"{kind}-{stage}.safetensors"))
+        for key in (*LOSSES, "learning_rate"):
+            assert got_row[key] == pytest.approx(want_row[key], rel=TOLERANCE), key
+        assert got_row["gradient_norm"] == pytest.approx(want_row["gradient_norm"], rel=NORM_TOLERANCE)
+    expected = load_file(str(folder / "plain.safetensors"))
+    state = load_file(str(folder / f"{name}.safetensors"))
     assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(state[name], value, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=TOLERANCE, atol=TOLERANCE, msg=key)
 
 
-@pytest.mark.parametrize(
-    ("kind", "stage"),
-    [*product(("fp32", "bf16"), range(4)), ("accumulated", 0), ("accumulated", 2)],
-)
-def test_losses_are_finite_and_weights_move(folder: Path, rows: Rows, kind: str, stage: int) -> None:
-    steps = rows[f"{kind}-{stage}"]
-    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+@pytest.mark.parametrize("name", [*SAME, *(f"bf16-{stage}" for stage in range(4))])
+def test_losses_are_finite_and_weights_move(folder: Path, rows: Rows, name: str) -> None:
+    steps = _steps(rows, name)
+    assert len(steps) == (BF16_STEPS if name.startswith("bf16") else STEPS)
     assert all(math.isfinite(row["loss/total"]) and row["loss/total"] > 0 for row in steps)
     assert all(math.isfinite(row["gradient_norm"]) and row["gradient_norm"] > 0 for row in steps)
-    state = load_file(str(folder / f"{kind}-{stage}.safetensors"))
+    state = load_file(str(folder / f"{name}.safetensors"))
     moved = state["student.projection.weight"].float() - state["teacher.projection.weight"].float()
     assert moved.abs().max() > 0
 
