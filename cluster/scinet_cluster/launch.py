@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     with signals_held():
         try:
-            return _run(_parse(words))
+            return _run(parse(words))
         except ScinetError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_status
@@ -99,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(words: Sequence[str]) -> Job:
+def parse(words: Sequence[str]) -> Job:
+    """Return what the command line asks for.
+
+    Raises:
+        ConfigError: it cannot be carried out as written.
+    """
     own, command = list(words), []
     if "--" in words:
         own, command = list(words[: words.index("--")]), list(words[words.index("--") + 1 :])

@@ -101,7 +101,7 @@ def test_pods_that_train_share_the_runs_and_have_time_and_memory(name: str) -> N
     pods = _pods_with_gpus(name)
     assert pods
     for pod in pods:
-        assert pod["terminationGracePeriodSeconds"] > launch._parse(_words(name)).grace_s
+        assert pod["terminationGracePeriodSeconds"] > launch.parse(_words(name)).grace_s
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
@@ -110,7 +110,7 @@ def test_pods_that_train_share_the_runs_and_have_time_and_memory(name: str) -> N
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_configuration_is_one_that_the_training_command_takes(name: str) -> None:
-    script, *words = launch._parse(_words(name)).command
+    script, *words = launch.parse(_words(name)).command
     assert script == "scinet/train.py"
     joined = " ".join(words).replace("--config=", "--config ").replace("--resume=", "--resume ").split()
     assert joined[0] == "--config"
@@ -124,7 +124,7 @@ def test_pods_of_the_jobset_find_each_other() -> None:
     job, name = replicated["template"]["spec"], document["metadata"]["name"]
     (pod,) = _pods(job)
     for index in range(job["completions"]):
-        nodes = find(launch._parse(_words("jobset")).wish, {"JOB_COMPLETION_INDEX": str(index)})
+        nodes = find(launch.parse(_words("jobset")).wish, {"JOB_COMPLETION_INDEX": str(index)})
         assert (len(nodes.ranks), nodes.node_rank) == (job["parallelism"], index)
         # job 0, pod 0 of the only replicated job, in the service that JobSet names after itself
         assert nodes.master_addr == f"{name}-{replicated['name']}-0-0.{name}"
@@ -145,7 +145,7 @@ def test_pods_of_the_pytorchjob_find_each_other() -> None:
             "PET_NODE_RANK": str(index),
             "PET_NPROC_PER_NODE": document["spec"]["nprocPerNode"],
         }
-        nodes = find(launch._parse(_words("pytorchjob")).wish, environment)
+        nodes = find(launch.parse(_words("pytorchjob")).wish, environment)
         assert (nodes.ranks, nodes.node_rank, nodes.master_port) == ((8,) * number, index, port["containerPort"])
         assert nodes.master_addr == "scinet-master-0"
 

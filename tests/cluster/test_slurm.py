@@ -68,7 +68,7 @@ def test_job_has_time_to_save_before_its_limit() -> None:
     assert options["ntasks-per-node"] == "1"
     name, seconds = options["signal"].split("@")
     assert name == "TERM", "to the tasks, not to the script (B:)"
-    grace = launch._parse(["--grace", re.findall(r"--grace (\d+)", SCRIPT.read_text())[0], "--", __file__]).grace_s
+    grace = launch.parse(["--grace", re.findall(r"--grace (\d+)", SCRIPT.read_text())[0], "--", __file__]).grace_s
     assert int(seconds) > grace
 
 
