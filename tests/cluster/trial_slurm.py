@@ -39,6 +39,7 @@ SelectTypeParameters=CR_Core
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+SlurmdTimeout=30
 KillWait=30
 MinJobAge=300
 JobRequeue=1
