@@ -46,7 +46,6 @@ class _Rank:
     number: int
     process: subprocess.Popen[bytes]
     status: int | None = None
-    is_killed: bool = False  # by us, so that its status says nothing
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the rank alone: its loader processes would die of what makes it save."""
@@ -54,7 +53,6 @@ class _Rank:
 
     def kill(self) -> None:
         """Kill the rank and all it started."""
-        self.is_killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -188,21 +186,17 @@ class _Watch:
 
 
 def _most_informative(ended: Sequence[_Rank]) -> tuple[int, int | None]:
-    """Wrong usage before failures that come again before all that a restart cures; the first to end of each.
+    """Wrong usage before failures that come again before all that a restart cures; of each the first to end.
 
-    A rank that had to be killed has said nothing, so it counts only where no other has failed.
+    The first is the cause: the others have noticed it, or were stopped because of it.
     """
 
     def weight(rank: _Rank) -> int:
-        assert rank.status is not None
-        if rank.status == 0:
-            return 4
+        if not rank.status:
+            return 3
         if rank.status >= 128:
-            return 3 if rank.is_killed else 2
+            return 2
         return 0 if rank.status == 2 else 1
 
-    if not ended:
-        return 0, None
     worst = min(ended, key=weight)
-    assert worst.status is not None
     return (worst.status, worst.number) if worst.status else (0, None)
