@@ -1,1 +1,1 @@
-"""Running SCINet on clusters; nothing here yet but the layer: it may know ``scinet``, never the other way round."""
+"""Running SCINet on clusters: the launcher, and what it needs to know; may know ``scinet``, never the other way."""
