@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 LAUNCH = (sys.executable, "-m", "scinet_cluster.launch")
 CLOCKS = {"samples_per_second", "data_wait_share"}
-RESUME = ("resume=true",)
+RESUME = ("--resume", "auto")
 LOST = 142
 STEPS = 5
 TIMEOUT_S = 30
