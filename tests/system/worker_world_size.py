@@ -57,6 +57,11 @@ class Recorder(Trainer):
             values = [step.loss.detach() if name == "loss" else step.parts[name] for step in steps]
             row[name] = float(sum_over_ranks(torch.stack(values).mean(), ranks))
         self.rows.append(row)
+        if number == 0:
+            # AdamW's first moments of the first step are its gradients, element by element, times a constant
+            self.tensors |= {
+                name: value for name, value in _state(self, "gradient").items() if "/exp_avg/" in name
+            }
         if self.fusion is None:
             return steps
         unified = [step.confidence.unified.detach() for step in steps if step.confidence is not None]
@@ -73,6 +78,11 @@ class Recorder(Trainer):
         return steps
 
 
+def _state(trainer: Trainer, moment: str) -> dict[str, Tensor]:
+    """Return all that a trainer keeps."""
+    return {f"{moment}.{part.name}": part.read().view(part.shape).clone() for part in trainer.state().parts}
+
+
 def main(out: Path, modes: list[str], overrides: list[str]) -> None:
     ranks = initialise(120)
     for mode in modes:
@@ -81,12 +91,11 @@ def main(out: Path, modes: list[str], overrides: list[str]) -> None:
         options = config.load(None, [*shared, *own, *MODES[mode]])
         made = materials.gather(options, ranks, lambda *_: None)
         trainer = Recorder(options, made, ranks, MetricsLog(None), Silence())
-        start = {f"start.student.{name}": value for name, value in trainer.student_state().items()}
-        start |= {f"start.{name}": value.clone() for name, value in trainer.state_dict().items()}
+        start = _state(trainer, "start")
         trainer.train_epoch()
-        end = {f"end.student.{name}": value for name, value in trainer.student_state().items()}
-        end |= {f"end.{name}": value for name, value in trainer.state_dict().items()}
-        tensors = {name: value.contiguous().clone() for name, value in (start | trainer.tensors | end).items()}
+        tensors = {
+            name: value.contiguous() for name, value in (start | trainer.tensors | _state(trainer, "end")).items()
+        }
         save_file(tensors, str(out / f"{mode}-{ranks.rank}.safetensors"))
         (out / f"{mode}-{ranks.rank}.json").write_text(json.dumps(trainer.rows))
     shut_down()
