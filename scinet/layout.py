@@ -107,6 +107,13 @@ class _Plain(Layout):
         if hasattr(optimizer, "fp32_groups"):
             for narrow, wide in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 self._copies |= dict(zip(narrow, wide, strict=True))
+            self._undo_empty_step()
+
+    def _undo_empty_step(self) -> None:
+        """DeepSpeed begins with a step without gradients, which decays weights and counts in AdamW's correction."""
+        self._adamw.state.clear()
+        for narrow, wide in self._copies.items():
+            wide.data.copy_(narrow)
 
     def _masters(self) -> list[Tensor]:
         return [self._copies.get(parameter, parameter) for _, parameter in self._named]

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 WORKER = Path(__file__).parent / "worker_zero_stages.py"
 TOLERANCE = 1e-5
 NORM_TOLERANCE = 5e-5  # plain PyTorch sums squares in fp32, which loses 2e-5 on the CPU
-STEPS, BF16_STEPS = 20, 3
+STEPS, STEPS_PER_EPOCH = 20, 5
 SAME = (
     *(f"fp32-{stage}" for stage in range(4)),
     *(f"accumulated-{stage}" for stage in (0, 2, 3)),
@@ -75,7 +75,7 @@ def test_training_is_that_of_plain_pytorch(folder: Path, rows: Rows, name: str) 
 @pytest.mark.parametrize("name", [*SAME, *(f"bf16-{stage}" for stage in range(4))])
 def test_losses_are_finite_and_weights_move(folder: Path, rows: Rows, name: str) -> None:
     steps = _steps(rows, name)
-    assert len(steps) == (BF16_STEPS if name.startswith("bf16") else STEPS)
+    assert len(steps) == (STEPS_PER_EPOCH if name.startswith("bf16") else STEPS)
     assert all(math.isfinite(row["loss/total"]) and row["loss/total"] > 0 for row in steps)
     assert all(math.isfinite(row["gradient_norm"]) and row["gradient_norm"] > 0 for row in steps)
     state = load_file(str(folder / f"{name}.safetensors"))
@@ -85,9 +85,5 @@ def test_losses_are_finite_and_weights_move(folder: Path, rows: Rows, name: str)
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_stays_near_fp32(rows: Rows, stage: int) -> None:
-    wide, narrow = ([row["loss/total"] for row in rows[name]] for name in ("fp32-0", f"bf16-{stage}"))
-    assert narrow[:2] == pytest.approx(wide[:2], rel=0.05)
-    # at stage 0 DeepSpeed takes an empty step first, which counts in AdamW's bias correction: the first update is 0.74
-    # of what it is elsewhere, and the third step at this test's height of the learning rate is another
-    if stage:
-        assert narrow[2] == pytest.approx(wide[2], rel=0.1)
+    wide, narrow = ([row["loss/total"] for row in _steps(rows, name)] for name in ("fp32-0", f"bf16-{stage}"))
+    assert narrow == pytest.approx(wide[:STEPS_PER_EPOCH], rel=0.05)
