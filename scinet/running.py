@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from scinet.telemetry import MetricsLog, Silence, Terminal, Voice, configure_log
 from scinet.trainer import Trainer
 
 _END_OF_ANOTHER_S = 60.0
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -45,6 +47,7 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         ScinetError: in the user's terms; what was written before stays.
     """
+    stopped: ScinetError
     try:
         materials.check(options)
         ranks = initialise(options.train.collective_timeout_s)
@@ -55,9 +58,18 @@ def run(options: Options) -> dict[str, Any]:
     except ScinetError as error:
         error.is_told = not is_first_failure()
         raise
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        stopped = TrainingError(
+            f"{error.filename or options.output} cannot be written ({error.strerror}): what was saved before stays; "
+            "make room, then the same command with --resume auto goes on"
+        )
+        stopped.is_told = not is_first_failure()
+        raise stopped from error
     except RuntimeError as error:
         if has_failure_elsewhere():
-            stopped: ScinetError = TrainingError("this rank stops because another failed")
+            stopped = TrainingError("this rank stops because another failed")
             stopped.is_told = True
         elif is_lost_contact(error):
             first_line = str(error).partition("\n")[0]
@@ -121,6 +133,7 @@ def _carry_out(
         log = MetricsLog(directory.metrics if ranks.is_first else None)
         scores, correlation = _train(options, made, ranks, voice, sentry, directory, log, evaluation)
         history = log.rows
+        log.catch_up()
     evaluation["seconds"] = time.monotonic() - started
     if ranks.is_first:
         rundir.write_text(directory.evaluation, json.dumps(evaluation, indent=1) + "\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 class Voice(Protocol):
@@ -88,20 +92,42 @@ class Terminal:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one object a logged step, flushed at once so that a killed run keeps its history."""
+    """``metrics.jsonl``: one object a logged step, flushed at once so that a killed run keeps its history.
+
+    While the disk is full, training goes on and the rows wait.
+    """
 
     def __init__(self, path: Path | None) -> None:
         """Append to the file; None keeps the rows in memory only."""
         self._path = path
         self.rows: list[dict[str, Any]] = read_metrics(path) if path is not None and path.is_file() else []
+        self._num_written = len(self.rows)
 
     def write(self, row: dict[str, Any]) -> None:
         """Add one object; numbers that are not finite become null."""
-        clean = {key: _finite(value) for key, value in row.items()}
-        self.rows.append(clean)
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(clean) + "\n")
+        self.rows.append({key: _finite(value) for key, value in row.items()})
+        is_first_to_wait = self._num_written == len(self.rows) - 1
+        try:
+            self.catch_up()
+        except OSError as error:
+            if is_first_to_wait:
+                _log.warning("%s cannot be written (%s): its rows wait in memory", self._path, error.strerror)
+
+    def catch_up(self) -> None:
+        """Append the rows that the file lacks, all of them or none.
+
+        Raises:
+            OSError: if the disk is still full.
+        """
+        waiting = self.rows[self._num_written :]
+        if self._path is not None and waiting:
+            data = "".join(json.dumps(row) + "\n" for row in waiting).encode()
+            with self._path.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(data) < len(data):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        self._num_written = len(self.rows)
 
     def rewind(self, step: int) -> None:
         """Drop the rows after a step: a resumed run goes through those steps once more."""
@@ -110,6 +136,7 @@ class MetricsLog:
             temporary = self._path.with_name(f".{self._path.name}.part")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             temporary.replace(self._path)
+        self._num_written = len(kept)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

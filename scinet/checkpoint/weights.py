@@ -27,10 +27,15 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, str(temporary))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be written ({error}): what was saved before stays; make room, then the same command with "
+            "--resume auto goes on"
+        ) from error
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
