@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that help and usage errors c
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,13 +29,15 @@ def _about() -> None:
 @app.command(context_settings={"ignore_unknown_options": False})
 def train(
     config: Annotated[Path | None, typer.Option("--config", help="A YAML file; without it the defaults hold.")] = None,
+    resume: Annotated[str, typer.Option(help="auto: go on with the run, or begin it; never: refuse one.")] = "",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
 ) -> None:
     """Train on one rank; for more: deepspeed --num_gpus 2 scinet/train.py --config FILE."""
-    from scinet import config as configuration
-    from scinet import running
+    from scinet import train as training
 
-    running.run(configuration.load(config, overrides or []))
+    words = [] if config is None else ["--config", str(config)]
+    words += ["--resume", resume] if resume else []
+    raise typer.Exit(training.main([*words, *(overrides or [])]))
 
 
 @app.command()
@@ -91,6 +94,13 @@ def compare(
 
     with _terminal() as terminal:
         comparing.compare(config, [int(seed) for seed in seeds.split(",")] if seeds else None, jobs, terminal)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def soak(context: typer.Context) -> None:
+    """Break a run at random, go on, and compare with the unbroken one: scinet soak --kills 20 --config FILE."""
+    # the cluster package stands above this one
+    raise typer.Exit(importlib.import_module("scinet_cluster.soak").main(context.args))
 
 
 def _terminal() -> Any:

@@ -59,9 +59,7 @@ class Recorder(Trainer):
         self.rows.append(row)
         if number == 0:
             # AdamW's first moments of the first step are its gradients, element by element, times a constant
-            self.tensors |= {
-                name: value for name, value in _state(self, "gradient").items() if "/exp_avg/" in name
-            }
+            self.tensors |= {name: value for name, value in _state(self, "gradient").items() if "/exp_avg/" in name}
         if self.fusion is None:
             return steps
         unified = [step.confidence.unified.detach() for step in steps if step.confidence is not None]
