@@ -16,13 +16,11 @@ from scinet.checkpoint import weights
 from scinet.checkpoint.keeper import Keeper
 from scinet.data import transports
 from scinet.distributed import (
-    Notes,
     Ranks,
     from_first_rank,
-    has_failure_elsewhere,
     initialise,
-    is_first_failure,
     is_lost_contact,
+    reason_of,
     shut_down,
 )
 from scinet.errors import PeerLost, Preempted, ScinetError, TrainingError
@@ -30,6 +28,7 @@ from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
 from scinet.materials import Materials
+from scinet.notes import Failures, Notes
 from scinet.options import Method, Options
 from scinet.report import summary
 from scinet.rundir import RunDirectory
@@ -45,29 +44,40 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         ScinetError: in the user's terms; what was written before stays.
     """
+    failures = Failures()
     try:
         materials.check(options)
         ranks = initialise(options.train.collective_timeout_s)
         configure_logging(ranks.is_first)
-        sentry = Sentry(ranks, Notes(ranks), hang_timeout_s=options.train.hang_timeout_s)
+        sentry = Sentry(ranks, Notes(ranks), failures, hang_timeout_s=options.train.hang_timeout_s)
         with _voice(ranks) as voice, sentry.on_duty():
             return _run(options, ranks, voice, sentry)
     except ScinetError as error:
-        error.is_told = not is_first_failure()
+        error.is_told = not failures.tell(error.exit_status)
         raise
     except RuntimeError as error:
-        if has_failure_elsewhere():
-            stopped: ScinetError = TrainingError("this rank stops because another failed")
-            stopped.is_told = True
-        elif is_lost_contact(error):
-            first_line = str(error).partition("\n")[0]
-            stopped = PeerLost(f"another rank was lost ({first_line}): the same command with --resume auto goes on")
-            stopped.is_told = not is_first_failure()
-        else:
+        stopped = _in_words(error, failures)
+        if stopped is None:
             raise
         raise stopped from error
     finally:
         shut_down()
+
+
+def _in_words(error: RuntimeError, failures: Failures) -> ScinetError | None:
+    """Return what an error that broke off a collective means, or None for any other, which is our own mistake."""
+    status = failures.elsewhere()
+    if status:
+        kind = PeerLost if status == PeerLost.exit_status else TrainingError
+        stopped = kind("this rank stops because another failed")
+        stopped.is_told = True
+        return stopped
+    if not is_lost_contact(error):
+        failures.tell(ScinetError.exit_status)
+        return None
+    lost = PeerLost(f"another rank was lost ({reason_of(error)}): the same command with --resume auto goes on")
+    lost.is_told = not failures.tell(lost.exit_status)
+    return lost
 
 
 @contextlib.contextmanager
