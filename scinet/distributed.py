@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import socket
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ from torch import Tensor
 from scinet.errors import PeerLost, ScinetError
 
 T = TypeVar("T")
+_LONGEST_TRY_S, _BETWEEN_TRIES_S = 5.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -63,26 +65,40 @@ def initialise(timeout_s: int) -> Ranks:
 
     if not has_gpu:
         _skip_shared_memory_op()
-    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if has_gpu else "gloo"
     if not dist.is_initialized() and world_size == 1:
         # alone there is nobody to meet: no port, no address; DeepSpeed asks for the variables all the same
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
-        dist.init_process_group(
-            "nccl" if has_gpu else "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-        )
-    backend = "nccl" if has_gpu else "gloo"
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     started = time.monotonic()
     try:
+        if rank > 0 and address:
+            _await_first_rank(address, port, timeout_s)
+        timeout = datetime.timedelta(seconds=timeout_s)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
-    except RuntimeError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    except (RuntimeError, OSError) as error:
         raise PeerLost(
             f"rank {rank} on {platform.node()} waited {time.monotonic() - started:.0f} s (limit {timeout_s} s) for the "
-            f"{world_size} ranks that meet at {address}, and gave up ({reason_of(error)}): the same command with "
-            "--resume auto tries again"
+            f"{world_size} ranks that meet at {address}:{port}, and gave up ({reason_of(error)}): the same command "
+            "with --resume auto tries again"
         ) from error
     return Ranks(rank, world_size, device)
+
+
+def _await_first_rank(address: str, port: int, timeout_s: float) -> None:
+    """Return when something listens where the ranks meet; torch's own wait for it ends in a page of its stack."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            # a packet may be lost, and a name may come to lead elsewhere
+            socket.create_connection((address, port), timeout=_LONGEST_TRY_S).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_BETWEEN_TRIES_S)
 
 
 def _quieten_deepspeed() -> None:
@@ -235,8 +251,8 @@ def is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def reason_of(error: RuntimeError) -> str:
-    """Return what torch or gloo says of a broken connection, without its source lines and greetings."""
+def reason_of(error: Exception) -> str:
+    """Return what torch, gloo or the system says of a broken connection, without its source lines and greetings."""
     first = str(error).partition("\n")[0]
     return re.sub(r"^\[\S+\]\s*", "", first).partition(". ")[0].rstrip(".")
 

@@ -16,6 +16,7 @@ from scinet_cluster.addresses import free_port
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 WORKER = Path(__file__).with_name("worker_failures.py")
+TIMEOUT_S = 15
 ENDS_S = 100  # generous: with imports on a busy machine; unguarded, some of these take a quarter of an hour
 Start = Callable[..., list[subprocess.Popen[str]]]
 
@@ -27,10 +28,11 @@ def start(small: tuple[str, ...], tmp_path: Path) -> Iterator[Start]:
 
     def begin(ranks: range, world_size: int, failing: int, how: str) -> list[subprocess.Popen[str]]:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # the command sets it, but the worker imports torch before
         for rank in ranks:
-            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank - ranks.start)}
             words = [sys.executable, WORKER, str(failing), how, *small, f"output={tmp_path}"]
-            words += ["train.collective_timeout_s=20"]
+            words += [f"train.collective_timeout_s={TIMEOUT_S}"]
             pipe = subprocess.PIPE
             started.append(subprocess.Popen(words, env=environment, stderr=pipe, stdout=subprocess.DEVNULL, text=True))
         return started
@@ -85,3 +87,7 @@ def test_rank_says_for_whom_it_waited_when_they_never_come(start: Start) -> None
     (process,) = start(range(1, 2), 2, 0, "data")
     status, lines = _end(process)
     assert status == 142, lines
+    (line,) = _errors(lines)
+    assert "rank 1 on " in line
+    assert f"limit {TIMEOUT_S} s" in line
+    assert "the 2 ranks that meet at 127.0.0.1:" in line
