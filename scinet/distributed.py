@@ -1,27 +1,29 @@
-"""Ranks, devices and collectives; the only module that talks to ``torch.distributed``."""
+"""Ranks, devices and collectives; only this module and ``notes.py`` talk to ``torch.distributed``."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib
 import logging
 import os
+import platform
+import re
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scinet.errors import ScinetError
+from scinet.errors import PeerLost, ScinetError
 
 T = TypeVar("T")
-_FAILURES = "scinet/failures"
+_LONGEST_TRY_S, _BETWEEN_TRIES_S = 5.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ def initialise(timeout_s: int) -> Ranks:
     Works under ``deepspeed``, ``torchrun`` and plain ``python``.
 
     Args:
-        timeout_s: longest wait for another rank in any collective.
+        timeout_s: longest wait for another rank, at the start and in any collective.
+
+    Raises:
+        PeerLost: the others did not come.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     has_gpu = torch.cuda.is_available()
@@ -60,16 +65,40 @@ def initialise(timeout_s: int) -> Ranks:
 
     if not has_gpu:
         _skip_shared_memory_op()
-    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if has_gpu else "gloo"
     if not dist.is_initialized() and world_size == 1:
         # alone there is nobody to meet: no port, no address; DeepSpeed asks for the variables all the same
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
-        dist.init_process_group(
-            "nccl" if has_gpu else "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-        )
-    deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", timeout=timeout, auto_mpi_discovery=False)
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    started = time.monotonic()
+    try:
+        if rank > 0 and address:
+            _await_first_rank(address, port, timeout_s)
+        timeout = datetime.timedelta(seconds=timeout_s)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False)
+    except (RuntimeError, OSError) as error:
+        raise PeerLost(
+            f"rank {rank} on {platform.node()} waited {time.monotonic() - started:.0f} s (limit {timeout_s} s) for the "
+            f"{world_size} ranks that meet at {address}:{port}, and gave up ({reason_of(error)}): the same command "
+            "with --resume auto tries again"
+        ) from error
     return Ranks(rank, world_size, device)
+
+
+def _await_first_rank(address: str, port: int, timeout_s: float) -> None:
+    """Return when something listens where the ranks meet; torch's own wait for it ends in a page of its stack."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            # a packet may be lost, and a name may come to lead elsewhere
+            socket.create_connection((address, port), timeout=_LONGEST_TRY_S).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_BETWEEN_TRIES_S)
 
 
 def _quieten_deepspeed() -> None:
@@ -217,65 +246,15 @@ def from_first_rank(work: Callable[[], T], ranks: Ranks) -> T:
     return cast(T, outcome[0])
 
 
-def is_first_failure() -> bool:
-    """Note this rank's failure for the others, and return whether it is the first, whose message is to be shown.
-
-    No collective: the other ranks may be anywhere, waiting for this one.
-    """
-    if not dist.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
-    try:
-        return dist.distributed_c10d._get_default_store().add(_FAILURES, 1) == 1
-    except RuntimeError:
-        return False  # the store went with rank 0, which then failed before
-
-
-def has_failure_elsewhere() -> bool:
-    """Return whether another rank has noted a failure, or rank 0 is gone; then a broken collective is no news."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return False
-    try:
-        return dist.distributed_c10d._get_default_store().add(_FAILURES, 0) > 0
-    except RuntimeError:
-        return True
-
-
-class Notes:
-    """Small texts that ranks leave for each other outside of collectives, from any thread."""
-
-    _made = count()
-
-    def __init__(self, ranks: Ranks) -> None:
-        """Open a board of its own; the n-th of every rank is the same one."""
-        self._prefix = f"scinet/notes/{next(Notes._made)}/"
-        self._store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-        self._ranks = ranks
-
-    def put(self, key: str, text: str) -> None:
-        """Leave a text; a failure to reach the others shows where they are waited for."""
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None:
-                self._store.set(self._prefix + key, text)
-
-    def is_first(self, key: str) -> bool:
-        """Return whether no rank has asked this before; True where the others cannot be reached."""
-        with contextlib.suppress(RuntimeError):
-            return self._store is None or self._store.add(self._prefix + key, 1) == 1
-        return True
-
-    def get(self, key: str) -> str | None:
-        """Return a text, or None if there is none yet; does not wait."""
-        try:
-            if self._store is None or not self._store.check([self._prefix + key]):
-                return None
-            return self._store.get(self._prefix + key).decode()
-        except RuntimeError:
-            return None
-
-
 def is_lost_contact(error: RuntimeError) -> bool:
     """Return whether an error comes from a connection to another rank rather than from this one's work."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def reason_of(error: Exception) -> str:
+    """Return what torch, gloo or the system says of a broken connection, without its source lines and greetings."""
+    first = str(error).partition("\n")[0]
+    return re.sub(r"^\[\S+\]\s*", "", first).partition(". ")[0].rstrip(".")
 
 
 def shut_down() -> None:

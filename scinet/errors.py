@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from scinet.texttable import printable
 
+FIRST_CURABLE = 128  # from this exit status on, starting again helps
 _LONGEST_SENTENCE = 2000
 
 
@@ -48,7 +49,7 @@ class TrainingError(ScinetError):
 class PeerLost(ScinetError):
     """Another rank was killed, cannot be reached or hangs: the same command with ``--resume auto`` goes on."""
 
-    exit_status = 142  # from 128 on a scheduler may start again; 128 + SIGALRM
+    exit_status = 142  # 128 + SIGALRM
 
 
 class LoaderLost(DataError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import platform
 import signal
@@ -22,8 +23,9 @@ from types import FrameType
 
 import torch
 
-from scinet.distributed import Notes, Ranks, sum_over_ranks
-from scinet.errors import PeerLost, Preempted
+from scinet.distributed import Ranks, sum_over_ranks
+from scinet.errors import PeerLost, Preempted, TrainingError
+from scinet.notes import Failures, Notes
 
 _LAUNCHERS = (
     "deepspeed",
@@ -36,6 +38,7 @@ _LAUNCHERS = (
 _LOOKS_EVERY_S = 0.5
 _BEATS_EVERY_S = 2.0
 _SILENCE_S = 3 * _BEATS_EVERY_S
+_UNWINDS_S = 10.0  # what a rank that has failed like the others may take to end by itself
 
 
 class Guard:
@@ -55,17 +58,19 @@ class Guard:
 class Sentry(Guard):
     """Watches over a training run from a thread of its own."""
 
-    def __init__(self, ranks: Ranks, notes: Notes, *, hang_timeout_s: float) -> None:
+    def __init__(self, ranks: Ranks, notes: Notes, failures: Failures, *, hang_timeout_s: float) -> None:
         """Take the ranks.
 
         Args:
             ranks: this process among all.
             notes: a board of its own.
+            failures: what other ranks tell of theirs.
             hang_timeout_s: longest time between two marks.
         """
-        self._ranks, self._notes, self._hang_timeout_s = ranks, notes, hang_timeout_s
+        self._ranks, self._notes, self._failures, self._hang_timeout_s = ranks, notes, failures, hang_timeout_s
         self._is_asked = False
         self._is_training = False
+        self._failed_s = math.inf
         self._marks, self._marked_s, self._doing = 0, time.monotonic(), ""
         self._ended = threading.Event()
         self._launchers = _launchers()
@@ -124,17 +129,28 @@ class Sentry(Guard):
             if self._launchers and not all(_parent_of(child) == parent for child, parent in self._launchers):
                 self._launchers = []
                 os.kill(os.getpid(), signal.SIGTERM)
+            now = time.monotonic()
+            has_beat = now - last_beat_s >= _BEATS_EVERY_S
+            if has_beat:
+                beats, last_beat_s = beats + 1, now
+                self._follow_others(now)
             if not self._is_training:
                 faulthandler.cancel_dump_traceback_later()
                 continue
             # where something holds the interpreter's lock, this thread hangs too
-            faulthandler.dump_traceback_later(self._hang_timeout_s + 2 * _SILENCE_S, exit=True)
-            now = time.monotonic()
-            if now - last_beat_s >= _BEATS_EVERY_S:
-                beats, last_beat_s = beats + 1, now
+            faulthandler.dump_traceback_later(self._hang_timeout_s + 4 * _SILENCE_S, exit=True)
+            if has_beat:
                 self._notes.put(f"beat/{self._ranks.rank}", json.dumps([beats, self._marks, self._doing, _where()]))
             if now - self._marked_s > self._hang_timeout_s:
                 self._give_up()
+
+    def _follow_others(self, now: float) -> None:
+        """End this process if another rank has failed for good and this one still waits for it, as NCCL's do."""
+        if self._failures.elsewhere() != TrainingError.exit_status:
+            return
+        self._failed_s = min(self._failed_s, now)
+        if now - self._failed_s > _UNWINDS_S:
+            os._exit(TrainingError.exit_status)
 
     def _give_up(self) -> None:
         """Say which rank hangs and where, and end this process."""
@@ -155,6 +171,8 @@ class Sentry(Guard):
         others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
         before = {rank: self._notes.get(f"beat/{rank}") for rank in others}
         time.sleep(_SILENCE_S if others else 0)
+        if not self._notes.can_be_read():
+            return ["rank 0, which cannot be reached"]
         found = []
         for rank in others:
             note = self._notes.get(f"beat/{rank}")

@@ -17,13 +17,11 @@ from scinet.checkpoint import weights
 from scinet.checkpoint.keeper import Keeper
 from scinet.data import transports
 from scinet.distributed import (
-    Notes,
     Ranks,
     from_first_rank,
-    has_failure_elsewhere,
     initialise,
-    is_first_failure,
     is_lost_contact,
+    reason_of,
     shut_down,
 )
 from scinet.errors import PeerLost, Preempted, ScinetError, TrainingError
@@ -31,6 +29,7 @@ from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
 from scinet.materials import Materials
+from scinet.notes import Failures, Notes
 from scinet.options import Method, Options
 from scinet.report import summary
 from scinet.rundir import RunDirectory
@@ -47,39 +46,47 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         ScinetError: in the user's terms; what was written before stays.
     """
-    stopped: ScinetError
+    failures = Failures()
     try:
         materials.check(options)
         ranks = initialise(options.train.collective_timeout_s)
         configure_logging(ranks.is_first)
-        sentry = Sentry(ranks, Notes(ranks), hang_timeout_s=options.train.hang_timeout_s)
+        sentry = Sentry(ranks, Notes(ranks), failures, hang_timeout_s=options.train.hang_timeout_s)
         with _voice(ranks) as voice, sentry.on_duty():
             return _run(options, ranks, voice, sentry)
     except ScinetError as error:
-        error.is_told = not is_first_failure()
+        error.is_told = not failures.tell(error.exit_status)
         raise
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        stopped = TrainingError(
-            f"{error.filename or options.output} cannot be written ({error.strerror}): what was saved before stays; "
-            "make room, then the same command with --resume auto goes on"
-        )
-        stopped.is_told = not is_first_failure()
-        raise stopped from error
-    except RuntimeError as error:
-        if has_failure_elsewhere():
-            stopped = TrainingError("this rank stops because another failed")
-            stopped.is_told = True
-        elif is_lost_contact(error):
-            first_line = str(error).partition("\n")[0]
-            stopped = PeerLost(f"another rank was lost ({first_line}): the same command with --resume auto goes on")
-            stopped.is_told = not is_first_failure()
-        else:
+    except (OSError, RuntimeError) as error:
+        stopped = _in_words(error, failures)
+        if stopped is None:
             raise
         raise stopped from error
     finally:
         shut_down()
+
+
+def _in_words(error: OSError | RuntimeError, failures: Failures) -> ScinetError | None:
+    """Return what a full disk or a broken collective means, or None for any other error, which is our own mistake."""
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        full = TrainingError(
+            f"{error.filename or 'the run directory'} cannot be written ({error.strerror}): what was saved before "
+            "stays; make room, then the same command with --resume auto goes on"
+        )
+        full.is_told = not failures.tell(full.exit_status)
+        return full
+    status = failures.elsewhere()
+    if status:
+        kind = PeerLost if status == PeerLost.exit_status else TrainingError
+        stopped = kind("this rank stops because another failed")
+        stopped.is_told = True
+        return stopped
+    if isinstance(error, OSError) or not is_lost_contact(error):
+        failures.tell(ScinetError.exit_status)
+        return None
+    lost = PeerLost(f"another rank was lost ({reason_of(error)}): the same command with --resume auto goes on")
+    lost.is_told = not failures.tell(lost.exit_status)
+    return lost
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``--resume auto`` goes on: 142 another rank was lost, 143 SIGTERM.
     """
     arguments = _parser().parse_intermixed_args(argv)
+    # torch warns of a lost connection with a page of its own stack; what it means, the run says in a sentence
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from scinet import config, running
         from scinet.errors import ScinetError

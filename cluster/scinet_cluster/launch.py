@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scinet.errors import ConfigError, ScinetError, nearest
+from scinet.errors import FIRST_CURABLE, ConfigError, ScinetError, nearest
 from scinet_cluster.addresses import free_port, interface_towards
 from scinet_cluster.nodes import Nodes, Wish, find
 from scinet_cluster.supervise import Outcome, Start, run_ranks, signals_held
 
-FIRST_CURABLE = 128  # from this exit status on, starting again helps
 GRACE_S = 90.0
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _MEANINGS = {

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scinet.train
-from scinet.errors import ConfigError, ScinetError, TrainingError
+from scinet.errors import FIRST_CURABLE, ConfigError, ScinetError, TrainingError
 from scinet.rundir import RunDirectory
 from scinet_cluster import faults
 from scinet_cluster.faults import Fault
-from scinet_cluster.launch import FIRST_CURABLE
 from scinet_cluster.likeness import differences
 from scinet_cluster.soak_plan import Plan
 from scinet_cluster.soak_start import LOOKS_EVERY_S, Start, step_of

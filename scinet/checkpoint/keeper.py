@@ -23,8 +23,9 @@ from torch import Tensor
 
 from scinet.checkpoint import files, pieces
 from scinet.checkpoint.files import Written
-from scinet.distributed import Notes, Ranks, from_first_rank, gather_objects
+from scinet.distributed import Ranks, from_first_rank, gather_objects
 from scinet.errors import CheckpointError
+from scinet.notes import Notes
 from scinet.options import CheckpointOptions
 from scinet.rundir import RunDirectory, write_text
 from scinet.trainer import Trainer

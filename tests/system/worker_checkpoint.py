@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from scinet import config, materials
 from scinet.checkpoint.keeper import Keeper
-from scinet.distributed import Notes, Ranks, initialise, shut_down
+from scinet.distributed import Ranks, initialise, shut_down
 from scinet.materials import Materials
+from scinet.notes import Notes
 from scinet.options import CheckpointOptions
 from scinet.rundir import RunDirectory
 from scinet.telemetry import MetricsLog, Silence

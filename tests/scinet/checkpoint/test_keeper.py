@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from scinet.checkpoint.keeper import Keeper
-from scinet.distributed import Notes, Ranks, initialise
+from scinet.distributed import Ranks, initialise
 from scinet.errors import CheckpointError
 from scinet.layout import whole
+from scinet.notes import Notes
 from scinet.options import CheckpointOptions
 from scinet.rundir import RunDirectory
 from scinet.trainer import State
