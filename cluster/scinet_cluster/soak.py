@@ -20,7 +20,7 @@ from scinet_cluster.soak_start import LOOKS_EVERY_S, Start, step_of
 
 _UNBROKEN = "unbroken"
 _HANG_S = 20
-_GRACE_S = 20
+_GRACE_S = 10
 _SLACK_S = 60.0  # on a busy machine
 _FULL_S = 30.0
 
@@ -102,8 +102,10 @@ def _undisturbed(soak: Soak) -> Plan:
             if not first_step_s and step_of(run):
                 first_step_s = time.monotonic() - begun
             time.sleep(LOOKS_EVERY_S)
-        if start.wait(_SLACK_S):
-            raise TrainingError(f"the undisturbed run failed: {start.last_line}")
+        status = start.wait(_SLACK_S)
+        if status:
+            kind = ConfigError if status == ConfigError.exit_status else TrainingError
+            raise kind(f"the undisturbed run: {start.verdict.removeprefix('error: ')}")
     took_s = time.monotonic() - begun
     return Plan(soak.kills, soak.seed, total_steps=step_of(run), first_step_s=first_step_s, took_s=took_s)
 
@@ -125,7 +127,7 @@ def _begin_or_go_on(soak: Soak, run: Path, plan: Plan) -> bool:
         took_s = time.monotonic() - begun
         if "Traceback" in start.text or not _is_in_order(status, befell):
             raise TrainingError(f"{run} ended with status {status}: {start.text[-3000:]}")
-        print(f"  status {status} {took_s:.1f} s later: {start.last_line}", flush=True)
+        print(f"  status {status} {took_s:.1f} s later: {start.verdict}", flush=True)
     return status != 0
 
 

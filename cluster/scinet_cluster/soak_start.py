@@ -73,9 +73,10 @@ class Start:
         return "".join(self._lines)
 
     @property
-    def last_line(self) -> str:
-        """The last thing that it has said."""
-        return self._lines[-1].strip() if self._lines else ""
+    def verdict(self) -> str:
+        """The last error that it has told, or the last line."""
+        lines = [line.strip() for line in self._lines]
+        return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
 
     @property
     def is_running(self) -> bool:

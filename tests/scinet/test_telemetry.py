@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from scinet.telemetry import MetricsLog, read_metrics
 
@@ -23,3 +27,31 @@ def test_rows_after_the_checkpoint_are_dropped_when_a_run_is_resumed(tmp_path: P
         log.write({"step": step})
     log.rewind(2)
     assert log.rows == read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """``full_disk(size)``: no file can be written beyond a size in bytes; -1 ends that."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+
+
+def test_rows_wait_whole_while_the_disk_is_full(
+    tmp_path: Path, full_disk: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write({"step": 1})
+    full_disk(path.stat().st_size + 3)
+    log.write({"step": 2})
+    log.write({"step": 3})
+    assert path.read_text() == '{"step": 1}\n'
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        log.catch_up()
+    full_disk(-1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} cannot be written (No space left on device): its rows wait in memory"
+    ]
+    log.write({"step": 4})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
