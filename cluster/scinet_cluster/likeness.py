@@ -16,7 +16,8 @@ _CLOCKS = {"samples_per_second", "data_wait_share", "seconds"}
 def differences(one: RunDirectory, other: RunDirectory) -> list[str]:
     """Return what is not equal in two finished runs, in words; clocks do not count.
 
-    Compared are metrics, evaluation, the selected weights, and all tensors of the last checkpoint.
+    Compared are metrics, evaluation, the selected weights, and all tensors of the checkpoints that both
+    have kept.
     """
     found = []
     rows, others = ([_timeless(row) for row in read_metrics(run.metrics)] for run in (one, other))
@@ -33,11 +34,13 @@ def differences(one: RunDirectory, other: RunDirectory) -> list[str]:
         same = other.checkpoints / "selected" / path.name
         if not same.is_file() or _digest(path) != _digest(same):
             found.append(f"selected/{path.name}")
-    newest, its_newest = (_newest(run) for run in (one, other))
-    if newest.name != its_newest.name:
-        found.append(f"the last checkpoints are {newest.name} and {its_newest.name}")
-    elif _checksums(newest) != _checksums(its_newest):
-        found.append(f"tensors of the checkpoint {newest.name}")
+    # not always the last one: the disk may have been full when it was due
+    tags = [{path.name for path in run.checkpoints.glob("step-*")} for run in (one, other)]
+    if not tags[0] & tags[1]:
+        found.append("there is no checkpoint of the same step")
+    for tag in sorted(tags[0] & tags[1]):
+        if _checksums(one, tag) != _checksums(other, tag):
+            found.append(f"tensors of the checkpoint {tag}")
     return found
 
 
@@ -50,11 +53,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checksums(checkpoint: Path) -> Any:
+def _checksums(run: RunDirectory, tag: str) -> Any:
     # read without scinet.checkpoint, which would load torch beside the runs
-    return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["parts"]
-
-
-def _newest(run: RunDirectory) -> Path:
-    latest = json.loads((run.checkpoints / "latest.json").read_text(encoding="utf-8"))
-    return run.checkpoints / str(latest["tag"])
+    return json.loads((run.checkpoints / tag / "manifest.json").read_text(encoding="utf-8"))["parts"]

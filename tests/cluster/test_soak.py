@@ -90,7 +90,6 @@ def _run(folder: Path) -> RunDirectory:
     (run.checkpoints / "step-0000000004").mkdir()
     parts = {"parts": [["part-00000-of-00001.safetensors", 8, "ab" * 32]]}
     (run.checkpoints / "step-0000000004/manifest.json").write_text(json.dumps(parts))
-    (run.checkpoints / "latest.json").write_text('{"tag": "step-0000000004"}')
     clock = random.Random(str(folder)).random()
     rows = [{"step": step, "loss/total": 1 / step, "samples_per_second": clock} for step in (1, 2, 3, 4)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -121,12 +120,11 @@ def test_what_differs_is_named(tmp_path: Path, file: str, old: str, new: str, se
     assert sentence in found
 
 
-def test_missing_rows_and_another_last_checkpoint_are_named(tmp_path: Path) -> None:
+def test_missing_rows_and_checkpoints_are_named(tmp_path: Path) -> None:
     one, other = _run(tmp_path / "one"), _run(tmp_path / "other")
     other.metrics.write_text("".join(other.metrics.read_text().splitlines(keepends=True)[:3]))
     (other.checkpoints / "step-0000000004").rename(other.checkpoints / "step-0000000003")
-    (other.checkpoints / "latest.json").write_text('{"tag": "step-0000000003"}')
     assert differences(one, other) == [
         "4 rows of metrics and 3",
-        "the last checkpoints are step-0000000004 and step-0000000003",
+        "there is no checkpoint of the same step",
     ]
