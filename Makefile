@@ -18,10 +18,10 @@ quickstart: setup ## train SCINet and a baseline on the embedded data, and write
 	@test -f data/scenes/dataset.json || $(BIN)/scinet data build scenes --out data/scenes --count 2000
 	@echo "2/3 baseline: binary cross-entropy on the known labels"
 	@test -f $(QUICKSTART)-baseline/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning scinet/train.py \
-		--config configs/quickstart.yaml method=bce name=quickstart-baseline resume=true
+		--config configs/quickstart.yaml method=bce name=quickstart-baseline --resume auto
 	@echo "3/3 SCINet"
 	@test -f $(QUICKSTART)/evaluation.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --log_level warning scinet/train.py \
-		--config configs/quickstart.yaml baseline=$(QUICKSTART)-baseline resume=true
+		--config configs/quickstart.yaml baseline=$(QUICKSTART)-baseline --resume auto
 	@$(BIN)/scinet show --run $(QUICKSTART)
 
 test: setup lint types layers spelling interpreted tests ## every check, as in CI

@@ -160,7 +160,7 @@ def _check_resumable(run: RunDirectory, options: Options) -> None:
     if not options.resume:
         state = "a finished" if run.evaluation.exists() else "an unfinished"
         raise ConfigError(
-            f"{run.path} holds {state} run: set resume=true to go on with it, or name=OTHER to start another; "
+            f"{run.path} holds {state} run: --resume auto goes on with it, name=OTHER starts another; "
             "nothing was overwritten"
         )
     stored = config.load(run.config)
@@ -222,7 +222,7 @@ def read_evaluation(run: RunDirectory) -> dict[str, Any]:
     """
     if not run.evaluation.is_file():
         raise CheckpointError(
-            f"{run.path} is not finished: it has no {run.evaluation.name}; resume it with resume=true"
+            f"{run.path} is not finished: it has no {run.evaluation.name}; --resume auto goes on with it"
         )
     evaluation: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
     return evaluation

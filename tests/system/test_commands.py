@@ -235,7 +235,7 @@ def test_finished_run_is_refused_and_left_as_it_is(trained: Path, small: tuple[s
     result = train(*small, f"output={trained.parent}", f"name={trained.name}")
     assert result.status == 2
     assert "holds a finished run" in result.err
-    assert "resume=true" in result.err
+    assert "--resume auto" in result.err
     assert _snapshot(trained) == before
 
 
