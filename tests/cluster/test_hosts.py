@@ -1,4 +1,4 @@
-"""Two hosts, as network namespaces with real addresses: they train as one does, and survive a cable that is pulled."""
+"""Two and four hosts, as network namespaces with real addresses: they train as one does, and survive a pulled cable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESUME = ("--resume", "auto")
 LOST = 142
 STEPS = 5
 TIMEOUT_S = 30
-SLACK_S = 15  # from the collective's time-out to the end of the process, on a busy machine
+SLACK_S = 60  # from the time-out to the end of the launcher, on a busy machine; TCP itself takes a quarter of an hour
 
 
 @pytest.fixture
@@ -39,8 +39,9 @@ def words(small: tuple[str, ...]) -> tuple[str, ...]:
         *small,
         "train.max_steps=0",
         "train.epochs=1",
-        "train.save_every_steps=1",
+        "checkpoint.every_steps=1",
         f"train.collective_timeout_s={TIMEOUT_S}",
+        f"train.hang_timeout_s={TIMEOUT_S + SLACK_S // 2}",
     )
 
 
@@ -59,8 +60,8 @@ def _logs(folder: Path) -> str:
 
 
 def _assert_all_end_well(hosts: list[Host], processes: list[Any], folder: Path) -> None:
-    assert [process.wait(timeout=150) for process in processes] == [0, 0], _logs(folder)
-    assert [host.running() for host in hosts] == [[], []]
+    assert {process.wait(timeout=150) for process in processes} == {0}, _logs(folder)
+    assert not any(host.running() for host in hosts)
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:
@@ -76,7 +77,7 @@ def _results(run: Path) -> dict[str, Any]:
 
 def _saved_step(run: Path) -> int:
     path = run / "checkpoints" / "latest.json"
-    return int(json.loads(path.read_text())["progress"]["step"]) if path.exists() else 0
+    return int(json.loads(path.read_text())["tag"].rpartition("-")[2]) if path.exists() else 0
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,15 @@ class Cut:
     step: int
     statuses: list[int | None]
     running: list[list[str]]
-    logs: str
+    logs: list[str]
 
 
-@pytest.fixture(scope="module")
-def cut(words: tuple[str, ...], launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Cut:
-    folder = tmp_path_factory.mktemp("cut")
+def _cut_off(number: int, words: tuple[str, ...], launch: Any, folder: Path) -> Cut:
+    """Train on that many hosts, one rank each, and pull the cable of the second in mid-run."""
     words = (*words, f"output={folder}")
-    with network(2) as hosts:
+    with network(number) as hosts:
         processes = _start(hosts, 1, (*words, "name=run"), folder)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 180
         while _saved_step(folder / "run") < 2:
             assert all(process.poll() is None for process in processes), _logs(folder)
             assert time.monotonic() < end, _logs(folder)
@@ -108,30 +108,66 @@ def cut(words: tuple[str, ...], launch: Any, tmp_path_factory: pytest.TempPathFa
         hosts[1].cut_off()
         step = _saved_step(folder / "run")
         end = time.monotonic() + TIMEOUT_S + SLACK_S
-        one = launch(*LAUNCH, "--ranks-per-node", 2, "--", *words, "name=unbroken")
+        one = launch(*LAUNCH, "--ranks-per-node", number, "--", *words, "name=unbroken")
         assert one.returncode == 0, one.stderr[-3000:]
         while time.monotonic() < end and any(process.poll() is None for process in processes):
             time.sleep(0.1)
         statuses = [process.poll() for process in processes]
         running = [host.running() for host in hosts]
-        return Cut(folder / "run", folder / "unbroken", step, statuses, running, _logs(folder))
+        logs = [(folder / f"{host.name}.log").read_text() for host in hosts]
+        return Cut(folder / "run", folder / "unbroken", step, statuses, running, logs)
 
 
-@pytest.mark.xfail(strict=True, reason="the training command does not yet tell a lost rank, and asks rank 0 for ever")
+def _assert_all_end_in_time(cut: Cut) -> None:
+    assert 2 <= cut.step < STEPS, "the cable was pulled in mid-run"
+    assert set(cut.statuses) == {LOST}, cut.logs
+    assert not any(cut.running)
+    for log in cut.logs:
+        assert "Traceback" not in log
+        assert "frame #" not in log, "nor one of torch's own"
+        assert log.count("error: ") <= 1, log
+        assert "ended with status 142: another rank was lost or hung" in log
+    # the side of rank 0 agrees on who speaks; beyond the cut each host speaks for itself
+    first, second, *others = cut.logs
+    assert sum("error: another rank was lost" in log for log in (first, *others)) == 1, cut.logs
+    assert "error: another rank was lost" in second
+
+
+@pytest.fixture(scope="module")
+def cut(words: tuple[str, ...], launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Cut:
+    return _cut_off(2, words, launch, tmp_path_factory.mktemp("cut"))
+
+
 def test_both_sides_end_in_time_when_a_host_is_cut_off(cut: Cut) -> None:
-    assert cut.statuses == [LOST, LOST], cut.logs
-    assert cut.running == [[], []]
+    _assert_all_end_in_time(cut)
 
 
 def test_run_ends_as_on_one_host_when_a_host_was_cut_off_and_all_start_again(
     hosts: list[Host], words: tuple[str, ...], cut: Cut, tmp_path: Path
 ) -> None:
-    assert 2 <= cut.step < STEPS, "the cable was pulled in mid-run"
     again = (*words, f"output={cut.run.parent}", "name=run", *RESUME)
     _assert_all_end_well(hosts, _start(hosts, 1, again, tmp_path), tmp_path)
     assert "resumed after" in _logs(tmp_path)
     assert _rows(cut.run) == _rows(cut.unbroken)
     assert _results(cut.run) == _results(cut.unbroken)
+
+
+def test_two_hosts_finish_the_run_of_four_when_one_of_those_was_cut_off(
+    words: tuple[str, ...], launch: Any, tmp_path: Path
+) -> None:
+    cut = _cut_off(4, words, launch, tmp_path)
+    _assert_all_end_in_time(cut)
+    again = (*words, f"output={tmp_path}", "name=run", *RESUME)
+    with network(2) as hosts:
+        _assert_all_end_well(hosts, _start(hosts, 1, again, tmp_path), tmp_path)
+    assert "resumed after" in _logs(tmp_path)
+    rows, wanted = _rows(cut.run), _rows(cut.unbroken)
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    for name in ("samples_seen", "learning_rate", "loss/total", "gradient_norm"):
+        # two ranks add in another order than four
+        assert [row[name] for row in rows if name in row] == pytest.approx(
+            [row[name] for row in wanted if name in row], rel=1e-4
+        ), name
 
 
 def test_four_ranks_train_as_on_one_host_when_they_are_two_on_each_of_two(
