@@ -1,6 +1,6 @@
 """One rank of the memory test: what DeepSpeed, AdamW and the weights hold before a second update, beside the estimate.
 
-Usage, under torchrun: worker_memory.py OUT key=value ...
+Usage, under torchrun: worker_memory.py OUT STAGE-PRECISION,STAGE-PRECISION key=value ...
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def measure(options: Options, made: Materials, ranks: Ranks) -> tuple[int, float
     return seen[1], estimated
 
 
-def main(out: Path, overrides: list[str]) -> None:
+def main(out: Path, cases: list[str], overrides: list[str]) -> None:
     ranks = initialise(120)
     plain = config.load(None, overrides)
     made = materials.gather(plain, ranks, lambda *_: None)
     rows = {}
-    for stage in range(4):
-        for precision in ("fp32", "bf16"):
-            own = [f"train.precision={precision}", f"deepspeed.zero_optimization.stage={stage}"]
-            rows[f"{stage}-{precision}"] = measure(config.load(None, [*overrides, *own]), made, ranks)
+    for case in cases:
+        stage, precision = case.split("-")
+        own = [f"train.precision={precision}", f"deepspeed.zero_optimization.stage={stage}"]
+        rows[case] = measure(config.load(None, [*overrides, *own]), made, ranks)
     if ranks.is_first:
         (out / "rows.json").write_text(json.dumps(rows))
     shut_down()
@@ -80,4 +80,4 @@ def main(out: Path, overrides: list[str]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])

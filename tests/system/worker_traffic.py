@@ -40,7 +40,6 @@ COUNTED = (
     "barrier",
 )
 KINDS = {
-    "fp32": ["train.precision=fp32"],
     "bf16": ["train.precision=bf16"],
     "accumulated": ["train.precision=fp32", "train.accumulation_steps=2"],
 }
