@@ -1,7 +1,8 @@
-"""``scinet bench``: how fast the fusion is, alone and within a training step, and how fast data are read."""
+"""``scinet bench``: what fusion, reading and a whole step cost in time, memory and messages, beside their peers."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from enum import StrEnum
@@ -12,7 +13,7 @@ import typer
 
 from scinet.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Measure fusion and reading on this machine.")
+app = typer.Typer(no_args_is_help=True, help="Measure what a training costs on this machine, and plan it for others.")
 
 _SMALLEST_ROWS = 256  # fewer leave pairs of columns without enough rows known in both
 _LARGEST_SHARE = 0.5
@@ -52,7 +53,7 @@ def fusion(
     tune: Annotated[bool, typer.Option("--tune", help="First choose this GPU's tiles, and remember them.")] = False,
 ) -> None:
     """Compare our operators with what a user would write: scinet bench fusion --sizes 1k --no-memory."""
-    rows = _rows(sizes)
+    rows = _numbers("--sizes", sizes, _SMALLEST_ROWS)
     _check_folder(json_)
 
     from scinet_kernels import bench
@@ -78,6 +79,28 @@ def fusion(
 def step(
     config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/quickstart.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each contestant; their median counts.")] = 9,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the short runs on real data.")] = 10,
+    threads: Threads = None,
+    device: OnDevice = None,
+) -> None:
+    """Hold a training step against its bare encoder and open_clip: scinet bench step --config configs/quickstart.yaml.
+
+    The image tower trains on images, whatever the configuration freezes or caches.
+    """
+    from scinet import config as configuration
+
+    options = configuration.load(config, overrides or [])
+
+    from scinet import stepbench
+
+    print(stepbench.report(options, _device(device, threads), repeats, steps, _say), end="")
+
+
+@app.command()
+def share(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
     batch: Annotated[int, typer.Option(min=2, help="G, samples of the global batch.")] = 4096,
     bank: Annotated[int, typer.Option(min=0, help="M, samples in the bank, which is full.")] = 65536,
     images: Annotated[int, typer.Option(min=1, help="Images a view on which the encoder is timed.")] = 16,
@@ -85,15 +108,91 @@ def step(
     threads: Threads = None,
     device: OnDevice = None,
 ) -> None:
-    """Print the fusion's share of a training step: scinet bench step --config configs/quickstart.yaml --batch 512."""
+    """Print the fusion's share of a large step: scinet bench share --config configs/quickstart.yaml --batch 512."""
     from scinet import config as configuration
 
     options = configuration.load(config, overrides or [])
 
-    from scinet import stepbench
+    from scinet import sharebench
 
     chosen = _device(device, threads)
-    print(stepbench.report(options, stepbench.Sizes(batch, bank, images, repeats), chosen, _say), end="")
+    print(sharebench.report(options, sharebench.Sizes(batch, bank, images, repeats), chosen, _say), end="")
+
+
+@app.command()
+def memory(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps.")] = 3,
+    threads: Threads = None,
+) -> None:
+    """Hold the estimate of a run's memory against the run: scinet bench memory --config configs/quickstart.yaml.
+
+    Under torchrun (`torchrun --nproc-per-node 2 -m scinet.cli bench memory ...`) with as many ranks.
+    """
+    from scinet import config as configuration
+
+    options = configuration.load(config, overrides or [])
+
+    from scinet import memorybench
+
+    _device(None, threads)
+    text = memorybench.report(options, steps, _say)
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end="")
+
+
+@app.command()
+def ranks(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each ZeRO stage; their median counts.")] = 5,
+    threads: Threads = None,
+) -> None:
+    """Hold the plan's step times against real ones: scinet bench ranks --config configs/quickstart.yaml --threads 1.
+
+    Under torchrun (`torchrun --nproc-per-node 2 -m scinet.cli bench ranks ...`) with as many ranks.
+    """
+    from scinet import config as configuration
+
+    options = configuration.load(config, overrides or [])
+
+    from scinet import rankbench
+
+    _device(None, threads)
+    text = rankbench.report(options, repeats, _say)
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end="")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/coco2014.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    batches: Annotated[str, typer.Option(help="G, samples of the global batch, separated by commas.")] = "4k,16k,64k",
+    gpus: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "8,64,512",
+    classes: Annotated[int | None, typer.Option(min=1, help="C; default: those of data.path.")] = None,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Most samples a rank takes at once.")] = 128,
+    tflops: Annotated[float, typer.Option(min=1e-3, help="TFLOP/s that a rank achieves.")] = 200.0,
+    gpus_per_host: Annotated[int, typer.Option(min=1, help="Ranks of a host.")] = 8,
+    inside: Annotated[float, typer.Option("--inside-gb-s", min=1e-3, help="GB/s a rank within a host.")] = 200.0,
+    between: Annotated[float, typer.Option("--between-gb-s", min=1e-3, help="GB/s a rank between hosts.")] = 25.0,
+    latency: Annotated[float, typer.Option("--latency-us", min=0, help="Microseconds of a hop in the ring.")] = 10.0,
+    device: Annotated[Device, typer.Option(help="What the ranks are: cuda trains in bf16.")] = Device.cuda,
+) -> None:
+    """Print what a step sends between ranks, and its time: scinet bench plan --config configs/quickstart.yaml."""
+    from scinet import config as configuration
+
+    options = configuration.load(config, overrides or [])
+    rows, ranks = _numbers("--batches", batches, 1), _numbers("--gpus", gpus, 1)
+
+    from scinet import traffic_report
+    from scinet.traffic import Links
+
+    subject = traffic_report.subject(options, classes, device.value)
+    links = Links(gpus_per_host, inside * 1e9, between * 1e9, latency * 1e-6)
+    scenario = traffic_report.Scenario(rows, ranks, micro_batch, tflops * 1e12, links)
+    print(traffic_report.report(options, subject, scenario), end="")
 
 
 @app.command()
@@ -134,15 +233,15 @@ def _write(path: Path | None, text: str) -> None:
         temporary.rename(path)
 
 
-def _rows(sizes: str) -> list[int]:
-    rows = []
-    for word in sizes.split(","):
+def _numbers(option: str, text: str, smallest: int) -> list[int]:
+    numbers = []
+    for word in text.split(","):
         matched = re.fullmatch(r"(\d+)(k?)", word.strip())
-        size = int(matched[1]) * (1024 if matched[2] else 1) if matched else 0
-        if size < _SMALLEST_ROWS:
-            raise ConfigError(f"--sizes has '{word.strip()}', expected whole numbers from {_SMALLEST_ROWS}, such as 1k")
-        rows.append(size)
-    return rows
+        number = int(matched[1]) * (1024 if matched[2] else 1) if matched else 0
+        if number < smallest:
+            raise ConfigError(f"{option} has '{word.strip()}', expected whole numbers from {smallest}, such as 1k")
+        numbers.append(number)
+    return numbers
 
 
 def _check_fits(needed: int, available: int, rows: int) -> None:

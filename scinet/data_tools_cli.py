@@ -112,7 +112,9 @@ def estimate(
     global_batch_size: Annotated[int | None, typer.Option(min=1, help="G over all ranks.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="R, processes that train.")] = 1,
     bank_size: Annotated[int | None, typer.Option(min=0, help="M, rows of the bank.")] = None,
-    width: Annotated[int, typer.Option("--backbone-width", min=1, help="D, width of the embedding.")] = 512,
+    width: Annotated[
+        int | None, typer.Option("--backbone-width", min=1, help="D; default: 512, or that of --config.")
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A YAML file; its data.path, where built.")] = None,
 ) -> None:
     """Print what a data set and its training take: scinet data estimate --samples 100000 --classes 80."""
@@ -131,7 +133,13 @@ def estimate(
         data = estimating.of_card(data_card.read(Path(options.data.path), prepare=options.data.prepare))
     else:
         raise ConfigError("give --samples and --classes, or --config FILE whose data.path is built")
-    print(estimating.report(data, options, width, ranks), end="")
+    if config is None:
+        print(estimating.report(data, options, width or 512, ranks))
+        print("Not in it: towers, gradients, optimiser, activations (give --config), Python and torch themselves.")
+        return
+    from scinet import fitting
+
+    print(fitting.planned(data, options, width, ranks), end="")
 
 
 def _cores() -> int:

@@ -57,7 +57,7 @@ def initialise(timeout_s: int) -> Ranks:
     device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-    _quieten_deepspeed()
+    quieten_deepspeed()
     import deepspeed
 
     # imported before a group exists: imported later it keeps the group's threads alive, which can abort the exit
@@ -101,8 +101,8 @@ def _await_first_rank(address: str, port: int, timeout_s: float) -> None:
         time.sleep(_BETWEEN_TRIES_S)
 
 
-def _quieten_deepspeed() -> None:
-    """DeepSpeed logs its settings at INFO on every rank, and calls torch by names of yesterday; its warnings stay."""
+def quieten_deepspeed() -> None:
+    """Keep DeepSpeed from logging its settings on every rank, and its calls of deprecated names; its warnings stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -203,6 +203,12 @@ def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Return when every rank is here. Collective."""
+    if ranks.world_size > 1:
+        dist.barrier()
 
 
 def share_first(tensors: Iterable[Tensor], ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scinet import layout
+from scinet.distributed import quieten_deepspeed
 from scinet.errors import ConfigError, TrainingError
 from scinet.model.network import Network, Output
 from scinet.options import OptimizerOptions, Options, Precision
@@ -49,6 +50,24 @@ def parameter_groups(network: Network, options: OptimizerOptions) -> list[dict[s
             decay = options.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def zero_config(options: Options) -> Any:
+    """Return DeepSpeed's own reading of ``deepspeed.zero_optimization``, its defaults included.
+
+    Raises:
+        ConfigError: if DeepSpeed refuses it.
+    """
+    quieten_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    section = options.deepspeed.get("zero_optimization", {})
+    try:
+        return DeepSpeedZeroConfig(**section)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"DeepSpeed refuses 'deepspeed.zero_optimization' {section}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def partition(network: nn.Module, options: Options, world_size: int) -> None:

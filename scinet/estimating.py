@@ -38,7 +38,10 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class DataSize:
-    """A data set that is or would be."""
+    """A data set that is or would be; of its samples some are trained on, and at most ``num_scored`` scored at once.
+
+    Where the splits are not known, 0 stands for them, and all samples count as trained on.
+    """
 
     num_samples: int
     num_classes: int
@@ -46,6 +49,8 @@ class DataSize:
     negatives_an_image: float
     image_bytes: float
     shard_samples: int
+    num_trained: int = 0
+    num_scored: int = 0
 
     def __post_init__(self) -> None:
         """Check that an image has no more labels than classes.
@@ -86,6 +91,8 @@ def of_card(card: DataCard) -> DataSize:
         negatives_an_image=negatives / num_samples,
         image_bytes=0,
         shard_samples=-(-num_samples // num_shards),
+        num_trained=card.splits["train"].num_samples if "train" in card.splits else 0,
+        num_scored=max((s.num_samples for name, s in card.splits.items() if name != "train"), default=0),
     )
     stored = sum(shard.num_bytes for split in splits for shard in split.shards) / num_samples
     return replace(known, image_bytes=max(1.0, stored - disk(known)[0].num_bytes / num_samples))
@@ -240,7 +247,7 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
 
 
 def report(data: DataSize, options: Options, width: int, ranks: int) -> str:
-    """Return the whole estimate as tables."""
+    """Return disk, reading and the fusion's state as tables; the model is not in them."""
     groups = {
         "disk": disk(data),
         f"host memory of each of {ranks} rank(s), reading": reading(data, options, ranks),
@@ -255,7 +262,6 @@ def report(data: DataSize, options: Options, width: int, ranks: int) -> str:
             rows = [(size(need.num_bytes), need.what, need.remedy) for need in needs]
             total = (size(sum(need.num_bytes for need in needs if not need.is_refused)), "in all", "")
             text += f"\n{title}\n" + table(("size", "what", "smaller with"), [*rows, total])
-    text += "\nNot in it: towers, gradients, optimiser, activations, Python and torch themselves.\n"
     refused = [need for need in groups["memory of each rank, fusion"] if need.is_refused]
     if refused:
         text += (

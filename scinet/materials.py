@@ -96,8 +96,19 @@ def share_of(options: Options, ranks: Ranks) -> Share:
     )
 
 
-def gather(options: Options, ranks: Ranks, progress: Callable[[str, int, int], None]) -> Materials:
+def gather(
+    options: Options,
+    ranks: Ranks,
+    progress: Callable[[str, int, int], None],
+    accept: Callable[[Materials], None] = lambda _: None,
+) -> Materials:
     """Load, and where needed compute, everything a run is made from. Collective.
+
+    Args:
+        options: the whole configuration.
+        ranks: this process.
+        progress: told how far a slow part is.
+        accept: called once the towers are there, before anything slow; may refuse the run.
 
     Raises:
         ConfigError: if data or weights cannot be had.
@@ -112,6 +123,7 @@ def gather(options: Options, ranks: Ranks, progress: Callable[[str, int, int], N
     backbone.text.to(ranks.device)
     views = Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)
     materials = Materials(card, backbone, views, options.data)
+    accept(materials)
     if options.data.cache_features:
         network = materials.network(options).to(ranks.device)
         for split in SPLITS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scinet import materials, rundir
+from scinet import fitting, materials, rundir
 from scinet.checkpoint import weights
 from scinet.checkpoint.keeper import Keeper
 from scinet.data import transports
@@ -122,7 +122,9 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
 def _carry_out(
     options: Options, ranks: Ranks, voice: Voice, sentry: Sentry, directory: RunDirectory, started: float
 ) -> dict[str, Any]:
-    made = materials.gather(options, ranks, voice.progress)
+    made = materials.gather(
+        options, ranks, voice.progress, lambda towers: fitting.check(options, towers, ranks, voice.say)
+    )
     for doubt in materials.doubts(made.card):
         voice.say(f"warning: {doubt}")
     evaluation: dict[str, Any] = {

@@ -70,13 +70,13 @@ class Trainer:
         self._guard = guard or Guard()
         train = options.train
         self._source = materials.training(options, share_of(options, ranks))
-        self._steps_per_epoch = self._source.steps_per_epoch
-        self.total_steps = min(train.max_steps or 2**62, train.epochs * self._steps_per_epoch)
+        self.steps_per_epoch = self._source.steps_per_epoch
+        self.total_steps = min(train.max_steps or 2**62, train.epochs * self.steps_per_epoch)
         torch.manual_seed(options.seed)
         network = materials.network(options).to(ranks.device)
         share_first(network.buffers(), ranks)
         self._start_bias(network)
-        self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self._steps_per_epoch))
+        self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self.steps_per_epoch))
         self.fusion, self.thresholds = self._build_fusion(network), self._build_thresholds()
         self._objective = Objective(options, self.fusion, self.thresholds)
         if uses_bf16(options, ranks.device):
@@ -160,8 +160,8 @@ class Trainer:
         self.engine.train(True)
         progress, train = self.progress, self._options.train
         epoch, first = progress.epoch, progress.step
-        end = min(self.total_steps, (epoch + 1) * self._steps_per_epoch)
-        batches = iter(self._source.epoch(epoch, first - epoch * self._steps_per_epoch))
+        end = min(self.total_steps, (epoch + 1) * self.steps_per_epoch)
+        batches = iter(self._source.epoch(epoch, first - epoch * self.steps_per_epoch))
         for _ in range(first, end):
             self._guard.mark(f"reading data for step {progress.step + 1}")
             started = time.monotonic()
@@ -192,7 +192,7 @@ class Trainer:
             return size
         num_valid = int(sum_over_ranks(torch.stack([batch.valid.sum() for batch in micro]).sum(), self._ranks))
         progress = self.progress
-        position = progress.step % self._steps_per_epoch * size
+        position = progress.step % self.steps_per_epoch * size
         progress.samples += num_valid
         progress.skipped += min(size, self._source.num_samples - position) - num_valid
         check_skipped(progress.skipped, progress.samples + progress.skipped, self._options.data.max_bad_fraction)
@@ -251,7 +251,7 @@ class Trainer:
         follows = self._options.correlation.source is not CorrelationSource.text
         if self._options.profile is Profile.release or not follows:
             return
-        if self.progress.step % self._steps_per_epoch == 0:
+        if self.progress.step % self.steps_per_epoch == 0:
             graph = adjacency(fusion.correlation.shrunk(), self._options.correlation.graph_top_k)
             self.engine.network.get_buffer("graph").copy_(graph)
 

@@ -141,6 +141,16 @@ def load(options: ModelOptions, cache: Path) -> Backbone:
     Raises:
         ConfigError: for an unknown name or tag, or weights that cannot be had; never returns untrained towers.
     """
+    model, tokenizer, weights_sha256 = whole(options, cache)
+    return _split(model, tokenizer, options, weights_sha256)
+
+
+def whole(options: ModelOptions, cache: Path) -> tuple[nn.Module, Any, str]:
+    """Return open_clip's own pretrained model, its tokenizer and the hash of the weights.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.backbone == "embedded" or not _reaches_hub():
         # read when huggingface_hub is imported: without it each missing file costs five silent retries
@@ -157,7 +167,29 @@ def load(options: ModelOptions, cache: Path) -> Backbone:
         name, tag = options.backbone, options.pretrained
         weights = _check_name(name, tag)
     model, tokenizer = _create(name, tag, options)
-    return _split(model, tokenizer, options, _hash(weights) if weights else f"{name}:{tag}")
+    return model, tokenizer, _hash(weights) if weights else f"{name}:{tag}"
+
+
+def skeleton(options: ModelOptions, cache: Path) -> Backbone:
+    """Return towers of the right shapes; those that open_clip knows by name are on `meta` and need no weights.
+
+    Raises:
+        ConfigError: as :func:`load`, for an unknown name, or weights in a folder or a hub that cannot be had.
+    """
+    name = options.backbone
+    if name == "embedded" or name.startswith(("local-dir:", "hf-hub:")):
+        return load(options, cache)
+    import open_clip
+
+    _check_known(name)
+    logging.disable(logging.ERROR)  # open_clip warns that there are no weights
+    try:
+        with torch.device("meta"):
+            model = open_clip.create_model(name, device="meta", force_image_size=options.image_size)
+    finally:
+        logging.disable(logging.NOTSET)
+    cast(Any, model).logit_scale = nn.Parameter(torch.zeros(()))  # is read, and has no value on `meta`
+    return _split(model, open_clip.get_tokenizer(name), options, "")
 
 
 def _reaches_hub() -> bool:
@@ -180,9 +212,7 @@ def _check_name(name: str, tag: str) -> Path | None:
         return files[0]
     if name.startswith("hf-hub:"):
         return None
-    known = open_clip.list_models()
-    if name.replace("/", "-") not in known:
-        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, ['embedded', *known])}")
+    _check_known(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag in tags:
         return None
@@ -193,6 +223,14 @@ def _check_name(name: str, tag: str) -> Path | None:
             f"(tags: {', '.join(tags) or 'none'}; or pass a weights file, or model.backbone=embedded)"
         )
     return path
+
+
+def _check_known(name: str) -> None:
+    import open_clip
+
+    known = open_clip.list_models()
+    if name.replace("/", "-") not in known:
+        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, ['embedded', *known])}")
 
 
 def _create(name: str, tag: str, options: ModelOptions) -> tuple[nn.Module, Any]:

@@ -96,7 +96,7 @@ def _compute(
         if example is not None or made is None:  # a row without a sample is empty, but its width is the network's
             drawn = every_view.blank() if example is None else example.drawn
             features = network.extract(drawn.to(ranks.device)).cpu()
-            made = made or _empty(rows, variants, features.shape[-1], card.num_classes)
+            made = made or empty(rows, variants, features.shape[-1], card.num_classes)
         if example is not None:
             made.random[row] = features[:-1].view(made.random.shape[1:])
             made.plain[row] = features[-1]
@@ -145,7 +145,8 @@ class _EveryView:
         return torch.zeros(self.variants * len(VIEW_NAMES) + 1, 3, side, side)
 
 
-def _empty(rows: int, variants: int, width: int, num_classes: int) -> Features:
+def empty(rows: int, variants: int, width: int, num_classes: int) -> Features:
+    """Return the cache of ``rows`` samples, not filled yet: ``variants`` of each view and a plain one, F wide."""
     return Features(
         random=torch.zeros(rows, variants, len(VIEW_NAMES), width, dtype=torch.float16),
         plain=torch.zeros(rows, width),

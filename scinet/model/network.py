@@ -20,6 +20,8 @@ from scinet.model.prompter import CrossAttention, Prompter
 from scinet.model.recomputing import recompute_blocks
 from scinet.options import BiDominant, ModelOptions
 
+_SHORTEST = 1e-12  # as torch's normalize
+
 
 class Output(NamedTuple):
     """Logits [N, C] and unit image embeddings [N, D], both fp32."""
@@ -154,7 +156,11 @@ def _cosine_to_changed(image: Tensor, text: Tensor, change: Tensor) -> Tensor:
     step is several times as fast.
     """
     if change.shape[1] > 1:
-        return torch.einsum("nd,ncd->nc", image, _unit(text + change))
+        moved = text + change
+        # divided after the product: three times as fast as unit vectors of every image and class
+        length = torch.linalg.vector_norm(moved, dim=-1).clamp_min(_SHORTEST)
+        cosine: Tensor = torch.einsum("nd,ncd->nc", image, moved) / length
+        return cosine
     shared = change[:, 0]
     product = image @ text.T + (image * shared).sum(1, keepdim=True)
     squared = text.square().sum(1) + 2 * shared @ text.T + shared.square().sum(1, keepdim=True)

@@ -49,9 +49,7 @@ def scinet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 @pytest.fixture
 def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
     """``train("--config", path, "key=value")``: the training command, inside this process."""
-    import torch.distributed as dist
-
-    from scinet import distributed, running
+    from scinet import running
     from scinet import train as command
 
     # DeepSpeed keeps the first group of a process: runs after it must not form another
@@ -60,8 +58,6 @@ def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
 
     def call(*arguments: object) -> Result:
-        if dist.is_initialized():
-            dist.distributed_c10d._get_default_store().delete_key(distributed._FAILURES)
         capsys.readouterr()
         status = command.main([str(argument) for argument in arguments])
         return Result(status, *capsys.readouterr())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,10 @@ def test_bench_fusion_says_when_a_gpu_is_needed(scinet: Any, words: tuple[str, .
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("data.cache_features=false", "model.freeze_image=false")])
-def test_bench_step_prints_the_shares(scinet: Any, scenes: Path, overrides: tuple[str, ...]) -> None:
+def test_bench_share_prints_the_shares(scinet: Any, scenes: Path, overrides: tuple[str, ...]) -> None:
     words = ("--config", ROOT / "configs/quickstart.yaml", f"data.path={scenes}", "model.image_size=64", *overrides)
     sizes = ("--batch", 64, "--bank", 256, "--images", 2, "--repeats", 1, "--threads", 1)
-    result = scinet("bench", "step", *words, *sizes)
+    result = scinet("bench", "share", *words, *sizes)
     assert result.status == 0, result.err
     header, _, *lines = _table(result.out)
     assert header == ["part", "seconds", "share"]
@@ -109,8 +110,8 @@ def test_bench_step_prints_the_shares(scinet: Any, scenes: Path, overrides: tupl
 
 
 @pytest.mark.parametrize("override", ["method=bce", "fusion.enabled=false", "model.image_size=sixty"])
-def test_bench_step_refuses_what_has_no_fusion_to_time(scinet: Any, override: str) -> None:
-    result = scinet("bench", "step", "--config", ROOT / "configs/quickstart.yaml", override)
+def test_bench_share_refuses_what_has_no_fusion_to_time(scinet: Any, override: str) -> None:
+    result = scinet("bench", "share", "--config", ROOT / "configs/quickstart.yaml", override)
     assert result.status == 2
     (line,) = result.err.splitlines()
     assert line.startswith("error: ")
@@ -128,3 +129,68 @@ def test_bench_loader_prints_a_table_and_writes_the_same_rows_as_json(
     whole = json.loads((tmp_path / "rows.json").read_text())
     assert [line[0] for line in lines] == [row["contestant"] for row in whole["rows"]]
     assert scinet("bench", "loader", "--data", tmp_path / "nowhere").status == 2
+
+
+def test_bench_plan_prints_bytes_and_times_for_every_number_of_ranks(scinet: Any) -> None:
+    words = ("--config", ROOT / "configs/quickstart.yaml", "model.image_size=32", "--classes", 7, "--micro-batch", 2)
+    result = scinet("bench", "plan", *words, "--batches", "3", "--gpus", "1,2")
+    assert result.status == 0, result.err
+    header, _, row, again, _, _ = _table(result.out)
+    assert header == ["G", "ranks", "micro-batches", "fusion", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
+    # 3 samples do not divide over 2 ranks, nor into micro-batches of 2
+    assert row == ["3", "1", "3", *["0 B"] * 5]
+    assert again[:3] == ["G", "ranks", "computing"]
+    refused = scinet("bench", "plan", *words, "--gpus", "eight")
+    assert refused.status == 2
+    assert "--gpus has 'eight'" in refused.err
+
+
+@pytest.mark.slow
+def test_bench_plan_prints_the_lines_of_the_readme(scinet: Any) -> None:
+    readme = (ROOT / "cluster/README.md").read_text()
+    command = ("bench", "plan", "--config", "configs/coco2014.yaml", "--classes", "80")
+    assert f"`scinet {' '.join(command)}`" in readme
+    # the rows do not depend on each other: two of nine say enough
+    result = scinet(*command[:3], ROOT / command[3], *command[4:], "--batches", "4k,64k", "--gpus", 512)
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
+    assert len(_table(result.out)) == 8
+    assert [line for line in lines if line not in readme.splitlines()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_bench_step_prints_ratios_and_what_a_real_run_waits_for(launch: Any, scenes: Path) -> None:
+    words = ("--config", ROOT / "configs/quickstart.yaml", f"data.path={scenes}", "model.image_size=32")
+    sizes = ("train.global_batch_size=4", "--repeats", 1, "--steps", 3, "--threads", 1, "--device", "cpu")
+    done = launch(sys.executable, "-m", "scinet.cli", "bench", "step", *words, *sizes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, _, *lines = _table(done.stdout)
+    ours, bare, clip = lines[:3]
+    assert [ours[1], bare[1], clip[1]] == ["40", "40", "36"]
+    verdicts = [line for line in lines if len(line) == 5 and line[3].startswith("at most")]
+    assert [line[0].partition(":")[0] for line in verdicts] == [
+        "time of a step",
+        "highest memory of a step",
+        *["images", "images", "cached features", "cached features"],
+    ]
+    assert {line[4].partition(",")[0] for line in verdicts} <= {"yes", "no"}
+
+
+def test_bench_step_refuses_a_method_without_such_a_step(scinet: Any) -> None:
+    result = scinet("bench", "step", "--config", ROOT / "configs/quickstart.yaml", "method=bce")
+    assert result.status == 2
+    assert "method=bce has no step to compare" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_bench_ranks_prints_measured_and_planned_steps_of_every_stage(launch: Any, scenes: Path) -> None:
+    words = ("--config", ROOT / "configs/quickstart.yaml", f"data.path={scenes}", "model.image_size=32")
+    sizes = ("train.global_batch_size=4", "--repeats", 1, "--threads", 1)
+    done = launch("torchrun", "--nproc-per-node", 2, "-m", "scinet.cli", "bench", "ranks", *words, *sizes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    header, _, row = _table(done.stdout)
+    assert header[3:] == [f"ZeRO {stage} (planned)" for stage in range(4)]
+    assert row[0] == "2"
+    assert row[2].endswith(" us")
