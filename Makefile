@@ -43,8 +43,7 @@ interpreted: setup ## Triton kernels in the interpreter, which wants a process o
 	@$(STAGE) "kernels (Triton's interpreter)" env TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter tests/kernels/interpreted
 
 tests: setup
-	@$(STAGE) "tests of one process (pytest)" $(BIN)/pytest -m "not multiprocess" -n 2 --dist worksteal --durations=10
-	@$(STAGE) "tests of several processes (pytest)" $(BIN)/pytest -m multiprocess --durations=25
+	@$(STAGE) "tests (pytest)" $(BIN)/pytest --durations=10
 
 format: setup ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
