@@ -137,9 +137,7 @@ def memory(
     from scinet import memorybench
 
     _device(None, threads)
-    text = memorybench.report(options, steps, _say)
-    if os.environ.get("RANK", "0") == "0":
-        print(text, end="")
+    _print_once(memorybench.report(options, steps, _say))
 
 
 @app.command()
@@ -160,9 +158,7 @@ def ranks(
     from scinet import rankbench
 
     _device(None, threads)
-    text = rankbench.report(options, repeats, _say)
-    if os.environ.get("RANK", "0") == "0":
-        print(text, end="")
+    _print_once(rankbench.report(options, repeats, _say))
 
 
 @app.command()
@@ -231,6 +227,12 @@ def _write(path: Path | None, text: str) -> None:
         temporary = path.with_name(f"{path.name}.part")
         temporary.write_text(text, encoding="utf-8")
         temporary.rename(path)
+
+
+def _print_once(text: str) -> None:
+    """Print what all ranks have come to."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, end="")
 
 
 def _numbers(option: str, text: str, smallest: int) -> list[int]:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 _DOUBT = 0.05
 
 
@@ -54,6 +56,12 @@ def _around_median(samples: Sequence[float]) -> tuple[float, float]:
             break
         left_out = place
     return ordered[left_out], ordered[count - 1 - left_out]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def take_turns(

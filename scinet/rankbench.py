@@ -71,8 +71,7 @@ def _row(options: Options, made: Materials, ranks: Ranks, repeats: int, say: Cal
 
 
 def _settle(ranks: Ranks) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
+    pairing.synchronise(ranks.device)
     wait_for_all(ranks)
 
 

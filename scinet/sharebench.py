@@ -6,14 +6,13 @@ Shapes: G rows of the global batch, M of the bank, C classes, D embedding, n ima
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from scinet import materials
+from scinet import materials, pairing
 from scinet.data.card import DataCard
 from scinet.engine import uses_bf16
 from scinet.errors import ConfigError
@@ -162,16 +161,8 @@ def _differentiate(result: Tensor) -> None:
 
 def _times(parts: list[Part], repeats: int, device: torch.device, say: Callable[[str], None]) -> list[float]:
     """Return each part's least seconds over the turns, times how often a step runs it."""
-    samples: list[list[float]] = [[] for _ in parts]
-    for turn in range(repeats + 1):  # the first warms caches and allocator
-        say(f"turn {turn} of {repeats}" if turn else "warming up")
-        for part, taken in zip(parts, samples, strict=True):
-            started = time.perf_counter()
-            part.run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append((time.perf_counter() - started) * part.times_a_step)
-    return [min(taken[1:]) for taken in samples]
+    turns = pairing.take_turns([part.run for part in parts], repeats, lambda: pairing.synchronise(device), say)
+    return [min(taken) * part.times_a_step for part, taken in zip(parts, turns, strict=True)]
 
 
 def _explained(options: Options, sizes: Sizes) -> str:

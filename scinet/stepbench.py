@@ -66,8 +66,8 @@ def _compare(
     competing: list[Contestant], repeats: int, device: torch.device, say: Callable[[str], None]
 ) -> tuple[str, list[Verdict]]:
     """Let SCINet, its encoder and open_clip take turns; return the figures of each, and SCINet's ratios."""
-    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    taken = pairing.take_turns([contestant.step for contestant in competing], repeats, settle, say)
+    steps = [contestant.step for contestant in competing]
+    taken = pairing.take_turns(steps, repeats, lambda: pairing.synchronise(device), say)
     say("memory")
     peaks = [_peak(contestant, device) for contestant in competing]
     lines = ["| contestant | image passes | s/step | ms/pass | peak MiB |\n| --- | --- | --- | --- | --- |\n"]
