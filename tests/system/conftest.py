@@ -32,6 +32,18 @@ def _environment(own_environment: None) -> None:
     """Commands that run inside this process want it as much as those that are started."""
 
 
+@pytest.fixture(scope="session")
+def on_features(scenes: Path) -> tuple[str, ...]:
+    """Overrides that train on cached features of the small data set, a step in a fraction of a second."""
+    return (
+        f"data.path={scenes}",
+        "data.cached_variants=2",
+        "data.cache_features=true",
+        "model.freeze_image=true",
+        "model.image_size=64",
+    )
+
+
 @pytest.fixture
 def scinet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """``scinet("show", "--run", path)``: the console command, inside this process."""

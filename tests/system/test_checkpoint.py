@@ -49,14 +49,10 @@ FIGURES = ("loss/total", "loss/supervised", "loss/distillation", "gradient_norm"
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory, scenes: Path, launch: Any) -> Path:
+def out(tmp_path_factory: pytest.TempPathFactory, on_features: tuple[str, ...], launch: Any) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     words = (
-        f"data.path={scenes}",
-        "data.cached_variants=2",
-        "data.cache_features=true",
-        "model.freeze_image=true",
-        "model.image_size=64",
+        *on_features,
         "train.global_batch_size=12",
         f"train.max_steps={END}",
         "train.epochs=2",

@@ -18,14 +18,10 @@ Rows = dict[str, dict[str, dict[str, int]]]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, launch: Any, scenes: Path) -> dict[int, Rows]:
+def rows(tmp_path_factory: pytest.TempPathFactory, launch: Any, on_features: tuple[str, ...]) -> dict[int, Rows]:
     """Bytes sent and planned, by ranks, stage and kind; every weight has a use and a gradient."""
     words = (
-        f"data.path={scenes}",
-        "data.cached_variants=2",
-        "data.cache_features=true",
-        "model.freeze_image=true",
-        "model.image_size=64",
+        *on_features,
         "model.bi_dominant=none",
         "train.global_batch_size=16",
     )

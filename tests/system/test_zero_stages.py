@@ -28,15 +28,11 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, scenes: Path, launch: Any) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, on_features: tuple[str, ...], launch: Any) -> Path:
     """What two ranks wrote under all configurations, in one launch."""
     out = tmp_path_factory.mktemp("zero")
     overrides = (
-        f"data.path={scenes}",
-        "data.cached_variants=2",
-        "data.cache_features=true",
-        "model.freeze_image=true",
-        "model.image_size=64",
+        *on_features,
         "train.global_batch_size=16",
         f"train.max_steps={STEPS}",
         "train.log_every_steps=1",
