@@ -35,6 +35,7 @@ _LAUNCHERS = (
     "scinet-launch",
     "scinet_cluster",
 )
+_STDERR = 2  # the descriptor: what stands in for sys.stderr, in a notebook for instance, may have none
 _LOOKS_EVERY_S = 0.5
 _BEATS_EVERY_S = 2.0
 _SILENCE_S = 3 * _BEATS_EVERY_S
@@ -138,7 +139,7 @@ class Sentry(Guard):
                 faulthandler.cancel_dump_traceback_later()
                 continue
             # where something holds the interpreter's lock, this thread hangs too
-            faulthandler.dump_traceback_later(self._hang_timeout_s + 4 * _SILENCE_S, exit=True)
+            faulthandler.dump_traceback_later(self._hang_timeout_s + 4 * _SILENCE_S, exit=True, file=_STDERR)
             if has_beat:
                 self._notes.put(f"beat/{self._ranks.rank}", json.dumps([beats, self._marks, self._doing, _where()]))
             if now - self._marked_s > self._hang_timeout_s:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -80,6 +83,13 @@ def test_boundaries_are_passed_when_nobody_asks_to_stop(sentry: Sentry) -> None:
     with sentry.training():
         for _ in range(3):
             sentry.boundary("going on")
+
+
+def test_watch_goes_on_when_standard_error_has_no_descriptor(sentry: Sentry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with sentry.training():
+        time.sleep(1.5)  # two looks
+        assert "guard" in {thread.name for thread in threading.enumerate()}
 
 
 def test_handler_is_the_one_before_when_the_run_has_ended() -> None:
