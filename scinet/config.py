@@ -232,6 +232,8 @@ def _relations(options: Options) -> Iterator[str]:
         )
     if options.method is not Method.zero_shot and options.optimizer.learning_rate == 0 and not model.freeze_image:
         yield "'optimizer.learning_rate' is 0: nothing would train; for the untrained model set 'method=zero_shot'"
+    if options.method is Method.zero_shot and not train.test_at_end:
+        yield "'train.test_at_end=false' leaves 'method=zero_shot' nothing to do: it only scores the test split"
     if not options.name or Path(options.name).name != options.name:
         yield f"'name' is {options.name!r}, expected a plain folder name"
     for keys, instead in _DERIVED.items():
