@@ -317,7 +317,7 @@ def test_compare_prints_its_table_and_runs_no_cell_twice(launch: Any, scenes: Pa
 
 
 def test_run_never_opens_the_test_split_when_told_so(
-    train: Call, scinet: Call, own_scenes: Path, on_features: tuple[str, ...], tmp_path: Path
+    train: Any, scinet: Any, own_scenes: Path, on_features: tuple[str, ...], tmp_path: Path
 ) -> None:
     for shard in own_scenes.glob("test-*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))

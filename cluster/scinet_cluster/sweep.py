@@ -1,0 +1,129 @@
+"""Search the options of a training with Ray Tune: ``scinet-sweep --config configs/sweeps/loss_weights.yaml``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import scinet.train
+from scinet import config
+from scinet.errors import ConfigError, ScinetError
+from scinet.rundir import write_text
+from scinet_cluster.sweeps import disk, driving, options, outcome, space
+from scinet_cluster.sweeps.agenda import Agenda
+from scinet_cluster.sweeps.ledger import Ledger, locked
+from scinet_cluster.sweeps.options import Sweep, SweepOptions
+from scinet_cluster.sweeps.trainable import Job
+
+_EPILOG = """examples:
+  scinet-sweep --config configs/sweeps/loss_weights.yaml
+  scinet-sweep --config configs/sweeps/loss_weights.yaml trials=8 fixed.train.epochs=4 name=short
+  scinet-sweep --config configs/sweeps/loss_weights.yaml --resume         # goes on with one that was killed
+  scinet-sweep --config configs/sweeps/loss_weights.yaml --address auto   # on the Ray cluster of this machine
+"""
+# what may be another when a sweep goes on: how much is tried and where, not what
+_FREE_ON_RESUME = ("trials", "confirm.", "resources.", "output")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted."""
+    try:
+        told = _parser().parse_intermixed_args(argv)
+        sweep = options.load(told.config, told.overrides)
+        return _run(sweep, told.config, address=told.address, resume=told.resume)
+    except ScinetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scinet-sweep",
+        description="Search options of a training by the mAP on its hold-out; the test split is never opened.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="a file of configs/sweeps")
+    parser.add_argument("--resume", action="store_true", help="go on with the sweep that the folder holds")
+    parser.add_argument("--address", default="", help="a Ray cluster, such as auto (default: one within this process)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the sweep's configuration")
+    return parser
+
+
+def _run(sweep: Sweep, path: Path, *, address: str, resume: bool) -> int:
+    folder = _opened(sweep, resume=resume)
+    with locked(folder):
+        budget = sweep.options.resources.disk_budget_gb * 2**30
+        disk.check(folder, budget)
+        ledger = Ledger(folder / "trials.jsonl")
+        agenda = Agenda(sweep, ledger, _say)
+        job = Job(folder.resolve(), scinet.train.__file__, str(Path.cwd()), sweep.options.resources)
+        status = 0
+        if not agenda.is_done:
+            driven = driving.drive(sweep, agenda, ledger, job, address=address, say=_say)
+            status = driven.status
+            if driven.problem:
+                print(f"error: {driven.problem}", file=sys.stderr)
+        disk.prune(folder, ledger, sweep.options.resources.keep_weights)
+        _tell(outcome.write(sweep, ledger, is_done=agenda.is_done), status, path)
+    return status
+
+
+def _opened(sweep: Sweep, *, resume: bool) -> Path:
+    """Return the folder of a new sweep, or of the one to go on with.
+
+    Raises:
+        ConfigError: it holds another one, or cannot be written.
+    """
+    folder = sweep.folder
+    kept, base = folder / "sweep.yaml", folder / "base.yaml"
+    if kept.is_file() and not resume:
+        raise ConfigError(f"{folder} holds a sweep: --resume goes on with it, name=OTHER starts another")
+    if not kept.is_file():
+        try:
+            if folder.exists() and any(folder.iterdir()):
+                raise ConfigError(f"{folder} exists and is no sweep: set another name, nothing was overwritten")
+            for below in ("trials", "logs"):
+                (folder / below).mkdir(parents=True, exist_ok=True)
+            write_text(base, config.to_yaml(sweep.base))
+            write_text(kept, config.to_yaml(sweep.options))
+        except OSError as error:
+            raise ConfigError(f"cannot write the sweep's folder {folder}: {error.strerror}") from error
+        return folder
+    _check_same(sweep, kept, base)
+    write_text(kept, config.to_yaml(sweep.options))
+    return folder
+
+
+def _check_same(sweep: Sweep, kept: Path, base: Path) -> None:
+    before = config.load_as(SweepOptions, kept)
+    for key, _, _ in config.fields(SweepOptions):
+        then, now = space.value_of(before, key), space.value_of(sweep.options, key)
+        if then != now and not key.startswith(_FREE_ON_RESUME):
+            raise ConfigError(f"{kept.parent} was started with {key}={then}, now it is {now}: set another name")
+    then_base = config.load(base)
+    for key, _, _ in config.fields():
+        then, now = space.value_of(then_base, key), space.value_of(sweep.base, key)
+        if then != now:
+            raise ConfigError(
+                f"the training of {kept.parent} was started with {key}={then}, now it is {now}: set another name"
+            )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _tell(lines: list[str], status: int, path: Path) -> None:
+    for line in lines:
+        _say(line)
+    if status:
+        _say(f"not finished: scinet-sweep --config {path} --resume goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
