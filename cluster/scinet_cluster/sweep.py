@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,11 @@ import scinet.train
 from scinet import config
 from scinet.errors import ConfigError, ScinetError
 from scinet.rundir import write_text
-from scinet_cluster.sweeps import disk, driving, options, outcome, space
+from scinet_cluster.sweeps import disk, options, space
 from scinet_cluster.sweeps.agenda import Agenda
 from scinet_cluster.sweeps.ledger import Ledger, locked
 from scinet_cluster.sweeps.options import Sweep, SweepOptions
-from scinet_cluster.sweeps.trainable import Job
+from scinet_cluster.sweeps.process import Job
 
 _EPILOG = """examples:
   scinet-sweep --config configs/sweeps/loss_weights.yaml
@@ -25,6 +26,19 @@ _EPILOG = """examples:
 """
 # what may be another when a sweep goes on: how much is tried and where, not what
 _FREE_ON_RESUME = ("trials", "confirm.", "resources.", "output")
+
+
+# read by Ray once, when it is imported
+_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials keep their own files
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # so does the sweep
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no figure
+}
+# outside of Windows and macOS Ray listens on all interfaces, also when it is all within one process's care
+_RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +77,9 @@ def _run(sweep: Sweep, path: Path, *, address: str, resume: bool) -> int:
         agenda = Agenda(sweep, ledger, _say)
         job = Job(folder.resolve(), scinet.train.__file__, str(Path.cwd()), sweep.options.resources)
         status = 0
+        os.environ.update(_RAY if address else _RAY | _RAY_ON_LOOPBACK)
+        from scinet_cluster.sweeps import driving, outcome
+
         if not agenda.is_done:
             driven = driving.drive(sweep, agenda, ledger, job, address=address, say=_say)
             status = driven.status

@@ -20,16 +20,11 @@ from scinet_cluster.sweeps import disk, placement
 from scinet_cluster.sweeps.agenda import Agenda
 from scinet_cluster.sweeps.ledger import Ledger
 from scinet_cluster.sweeps.options import ResourceOptions, Sweep
-from scinet_cluster.sweeps.trainable import Job, TrialActor
+from scinet_cluster.sweeps.process import Job
+from scinet_cluster.sweeps.trainable import TrialActor
 from scinet_cluster.sweeps.tuning import AgendaSearcher, SparingScheduler, stopping_rule
 
 _LOOKS_EVERY_S = 5.0
-_TUNE = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials keep their own files
-    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # so does the sweep
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,6 @@ def drive(
     Raises:
         ConfigError: no cluster at the address, or not one trial fits.
     """
-    os.environ.update(_TUNE)
     resources = sweep.options.resources
     with placement.connected(address), _interruptions() as interruption:
         fits = placement.capacity(resources)

@@ -41,9 +41,6 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         ConfigError: there is none at the address.
     """
-    # Ray asks whether it may send usage figures, and warns of what it will do about accelerators one day
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address:
@@ -55,7 +52,6 @@ def connected(address: str) -> Iterator[None]:
                 num_cpus=cores,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
                 **quiet,
             )
     except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:

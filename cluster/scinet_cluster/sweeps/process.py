@@ -11,8 +11,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scinet_cluster.sweeps.options import ResourceOptions
+
 _TAIL_BYTES = 20_000
 _SLACK_S = 15.0  # beyond the launcher's own grace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a sweep share.
+
+    Attributes:
+        folder: of the sweep, absolute.
+        script: the training's.
+        cwd: where the training starts, so that relative paths mean the same everywhere.
+        resources: of a trial.
+    """
+
+    folder: Path
+    script: str
+    cwd: str
+    resources: ResourceOptions
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,8 @@ def _distribution(kind: Any, words: Any) -> BaseDistribution:
             raise ConfigError(f"found {words!r}, expected a list of values")
         return CategoricalDistribution(tuple(words))
     if kind is bool or (isinstance(kind, type) and issubclass(kind, (enum.Enum, str))) or not isinstance(words, dict):
-        raise ConfigError(
-            f"found {words!r}, expected a list of choices" + (" or low and high" * (kind in (int, float)))
-        )
+        also = " or low and high" if kind in (int, float) else ""
+        raise ConfigError(f"found {words!r}, expected a list of choices{also}")
     unknown = sorted(set(words) - set(_WORDS))
     if unknown:
         raise ConfigError(f"unknown word '{unknown[0]}'{nearest(str(unknown[0]), _WORDS)}")

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,10 @@ from scinet.errors import FIRST_CURABLE
 from scinet.telemetry import read_metrics
 from scinet_cluster.addresses import free_port
 from scinet_cluster.sweeps.options import ResourceOptions
-from scinet_cluster.sweeps.process import LaunchedShare, Place
+from scinet_cluster.sweeps.process import Job, LaunchedShare, Place
 
 _LOOKS_EVERY_S = 0.2
 _GRACE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all trials of a sweep share.
-
-    Attributes:
-        folder: of the sweep, absolute.
-        script: the training's.
-        cwd: where the training starts, so that relative paths mean the same everywhere.
-        resources: of a trial.
-    """
-
-    folder: Path
-    script: str
-    cwd: str
-    resources: ResourceOptions
 
 
 class Share:
