@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,10 +45,10 @@ _RAY_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        told = _parser().parse_intermixed_args(argv)
-        sweep = options.load(told.config, told.overrides)
-        return _run(sweep, told.config, address=told.address, resume=told.resume)
+        told = _parser().parse_intermixed_args(words)
+        return _run(options.load(told.config, told.overrides), words, address=told.address, resume=told.resume)
     except ScinetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -68,26 +70,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(sweep: Sweep, path: Path, *, address: str, resume: bool) -> int:
+def _run(sweep: Sweep, words: Sequence[str], *, address: str, resume: bool) -> int:
     folder = _opened(sweep, resume=resume)
     with locked(folder):
-        budget = sweep.options.resources.disk_budget_gb * 2**30
-        disk.check(folder, budget)
         ledger = Ledger(folder / "trials.jsonl")
         agenda = Agenda(sweep, ledger, _say)
-        job = Job(folder.resolve(), scinet.train.__file__, str(Path.cwd()), sweep.options.resources)
-        status = 0
-        os.environ.update(_RAY if address else _RAY | _RAY_ON_LOOPBACK)
-        from scinet_cluster.sweeps import driving, outcome
+        try:
+            return _carry_out(sweep, agenda, ledger, address)
+        finally:
+            if agenda.refusal or not ledger.trials:
+                # refused, or its training fails from the start: there is nothing to go on with
+                shutil.rmtree(folder)
+            elif not agenda.is_done:
+                command = shlex.join(word for word in words if word != "--resume")
+                _say(f"not finished: scinet-sweep {command} --resume goes on")
 
-        if not agenda.is_done:
-            driven = driving.drive(sweep, agenda, ledger, job, address=address, say=_say)
-            status = driven.status
-            if driven.problem:
-                print(f"error: {driven.problem}", file=sys.stderr)
-        disk.prune(folder, ledger, sweep.options.resources.keep_weights)
-        _tell(outcome.write(sweep, ledger, is_done=agenda.is_done), status, path)
-    return status
+
+def _carry_out(sweep: Sweep, agenda: Agenda, ledger: Ledger, address: str) -> int:
+    folder, resources = sweep.folder, sweep.options.resources
+    disk.check(folder, resources.disk_budget_gb * 2**30)
+    os.environ.update(_RAY if address else _RAY | _RAY_ON_LOOPBACK)
+    from scinet_cluster.sweeps import driving, outcome
+
+    try:
+        if agenda.is_done:
+            return 0
+        job = Job(folder.resolve(), scinet.train.__file__, str(Path.cwd()), resources)
+        return driving.drive(sweep, agenda, ledger, job, address=address, say=_say)
+    finally:
+        disk.prune(folder, ledger, resources.keep_weights)
+        for line in outcome.write(sweep, ledger, is_done=agenda.is_done):
+            _say(line)
 
 
 def _opened(sweep: Sweep, *, resume: bool) -> Path:
@@ -133,13 +146,6 @@ def _check_same(sweep: Sweep, kept: Path, base: Path) -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _tell(lines: list[str], status: int, path: Path) -> None:
-    for line in lines:
-        _say(line)
-    if status:
-        _say(f"not finished: scinet-sweep --config {path} --resume goes on")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray import tune
 
+from scinet.errors import TrainingError
 from scinet_cluster.sweeps import disk, placement
 from scinet_cluster.sweeps.agenda import Agenda
 from scinet_cluster.sweeps.ledger import Ledger
@@ -27,18 +28,8 @@ from scinet_cluster.sweeps.tuning import AgendaSearcher, SparingScheduler, stopp
 _LOOKS_EVERY_S = 5.0
 
 
-@dataclass(frozen=True)
-class Driven:
-    """How it ended: an exit status, and what kept it from going on, in words."""
-
-    status: int
-    problem: str = ""
-
-
-def drive(
-    sweep: Sweep, agenda: Agenda, ledger: Ledger, job: Job, *, address: str, say: Callable[[str], None]
-) -> Driven:
-    """Carry out what is left of the agenda.
+def drive(sweep: Sweep, agenda: Agenda, ledger: Ledger, job: Job, *, address: str, say: Callable[[str], None]) -> int:
+    """Carry out what is left of the agenda, and return an exit status: 0, 130 or 143.
 
     Args:
         sweep: its configuration.
@@ -50,6 +41,7 @@ def drive(
 
     Raises:
         ConfigError: no cluster at the address, or not one trial fits.
+        TrainingError: the sweep cannot go on.
     """
     resources = sweep.options.resources
     with placement.connected(address), _interruptions() as interruption:
@@ -82,8 +74,8 @@ def drive(
         shutil.rmtree(scratch, ignore_errors=True)
     problem = agenda.refusal or watch.problem
     if problem:
-        return Driven(1, problem)
-    return Driven(0) if agenda.is_done else Driven(interruption.status)
+        raise TrainingError(problem)
+    return 0 if agenda.is_done else interruption.status
 
 
 class _Watch(tune.Callback, tune.Stopper):

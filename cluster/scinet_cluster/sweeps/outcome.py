@@ -27,7 +27,7 @@ def write(sweep: Sweep, ledger: Ledger, *, is_done: bool) -> list[str]:
     """
     best = winner(ledger)
     if best is None:
-        return ["no trial has ended yet"]
+        return []
     folder = sweep.folder
     importance = Sampling(sweep.space, sweep.options.sampler, sweep.options.seed).importance(ledger.of(Purpose.search))
     tree = _tree(sweep, ledger, best, importance, is_done=is_done)
@@ -35,7 +35,7 @@ def write(sweep: Sweep, ledger: Ledger, *, is_done: bool) -> list[str]:
     write_text(folder / "sweep.json", json.dumps(tree, indent=1) + "\n")
     write_text(folder / "trials.csv", _table(sweep, ledger))
     page = sweep_page.write(folder, tree)
-    return [*_in_words(ledger, best), f"best.yaml, sweep.json, trials.csv and the page: {page}"]
+    return [*_in_words(ledger, best, is_done=is_done), f"best.yaml, sweep.json, trials.csv and the page: {page}"]
 
 
 def _best_yaml(sweep: Sweep, best: Trial) -> str:
@@ -94,13 +94,14 @@ def _table(sweep: Sweep, ledger: Ledger) -> str:
     return buffer.getvalue()
 
 
-def _in_words(ledger: Ledger, best: Trial) -> list[str]:
+def _in_words(ledger: Ledger, best: Trial, *, is_done: bool) -> list[str]:
     default = ledger.trials[0]
-    lines = [f"best: trial {best.number} with hold-out mAP {_map(best.best)}; the default has {_map(default.best)}"]
+    so_far = "best" if is_done else "best so far"
+    lines = [f"{so_far}: trial {best.number} with hold-out mAP {_map(best.best)}; the default has {_map(default.best)}"]
     mine, theirs = confirmed(ledger, best), confirmed(ledger, default)
     if mine and theirs and best is not default:
         lines.append(f"with {len(mine)} other seed(s): {_spread(mine)}; the default {_spread(theirs)}")
-    if best is default:
+    if is_done and best is default:
         lines.append("nothing that was tried holds against the default")
     return lines
 

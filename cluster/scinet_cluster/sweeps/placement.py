@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from scinet.errors import ConfigError
 from scinet_cluster.sweeps.options import ResourceOptions
 
 _OBJECT_STORE_BYTES = 100 * 2**20  # only numbers and short texts travel through Ray
+
+_PATIENCE_S = 10.0
 
 
 def demanded(options: ResourceOptions) -> dict[str, float]:
@@ -42,6 +45,7 @@ def connected(address: str) -> Iterator[None]:
         ConfigError: there is none at the address.
     """
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    _probe(address)
     try:
         if address:
             ray.init(address=address, **quiet)
@@ -60,6 +64,22 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Ask for the address as such: Ray would try for ten minutes.
+
+    Raises:
+        ConfigError: nothing listens there.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address:
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=_PATIENCE_S):
+            return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--address {address}: no Ray cluster answers there ({error})") from error
 
 
 def capacity(options: ResourceOptions) -> int:
