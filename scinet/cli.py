@@ -104,6 +104,12 @@ def soak(context: typer.Context) -> None:
     raise typer.Exit(importlib.import_module("scinet_cluster.soak").main(context.args))
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sweep(context: typer.Context) -> None:
+    """Search options by the hold-out: scinet sweep --config configs/sweeps/loss_weights.yaml."""
+    raise typer.Exit(importlib.import_module("scinet_cluster.sweep").main(context.args))
+
+
 def _terminal() -> Any:
     from scinet.telemetry import Terminal
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import scinet.train
@@ -74,33 +75,42 @@ def _run(sweep: Sweep, words: Sequence[str], *, address: str, resume: bool) -> i
     folder = _opened(sweep, resume=resume)
     with locked(folder):
         ledger = Ledger(folder / "trials.jsonl")
-        agenda = Agenda(sweep, ledger, _say)
+        # bound to the terminal: what Ray says meanwhile goes elsewhere
+        say = functools.partial(print, file=sys.stdout, flush=True)
+        agenda = Agenda(sweep, ledger, say)
         try:
-            return _carry_out(sweep, agenda, ledger, address)
+            return _carry_out(sweep, agenda, ledger, say, address)
         finally:
             if agenda.refusal or not ledger.trials:
                 # refused, or its training fails from the start: there is nothing to go on with
                 shutil.rmtree(folder)
             elif not agenda.is_done:
                 command = shlex.join(word for word in words if word != "--resume")
-                _say(f"not finished: scinet-sweep {command} --resume goes on")
+                say(f"not finished: scinet-sweep {command} --resume goes on")
 
 
-def _carry_out(sweep: Sweep, agenda: Agenda, ledger: Ledger, address: str) -> int:
+def _carry_out(sweep: Sweep, agenda: Agenda, ledger: Ledger, say: Callable[[str], None], address: str) -> int:
     folder, resources = sweep.folder, sweep.options.resources
     disk.check(folder, resources.disk_budget_gb * 2**30)
-    os.environ.update(_RAY if address else _RAY | _RAY_ON_LOOPBACK)
+    os.environ.update(_RAY | (_credentials() if address else _RAY_ON_LOOPBACK))
     from scinet_cluster.sweeps import driving, outcome
 
     try:
         if agenda.is_done:
             return 0
         job = Job(folder.resolve(), scinet.train.__file__, str(Path.cwd()), resources)
-        return driving.drive(sweep, agenda, ledger, job, address=address, say=_say)
+        return driving.drive(sweep, agenda, ledger, job, address=address, say=say)
     finally:
         disk.prune(folder, ledger, resources.keep_weights)
         for line in outcome.write(sweep, ledger, is_done=agenda.is_done):
-            _say(line)
+            say(line)
+
+
+def _credentials() -> dict[str, str]:
+    """Return what lets Ray show this user's token to a cluster that wants one; one that wants none takes it too."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    has_token = (Path.home() / ".ray/auth_token").is_file()
+    return {"RAY_AUTH_MODE": "token"} if has_token and not any(name in os.environ for name in names) else {}
 
 
 def _opened(sweep: Sweep, *, resume: bool) -> Path:
@@ -142,10 +152,6 @@ def _check_same(sweep: Sweep, kept: Path, base: Path) -> None:
             raise ConfigError(
                 f"the training of {kept.parent} was started with {key}={then}, now it is {now}: set another name"
             )
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

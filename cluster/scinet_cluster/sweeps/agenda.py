@@ -34,9 +34,9 @@ class Agenda:
     @property
     def num_left(self) -> int:
         """An upper bound of the trials that are still to be started."""
-        options = self._sweep.options
-        total = options.trials + (min(options.confirm.top, options.trials) + 1) * options.confirm.seeds
-        return max(total - sum(trial.has_ended for trial in self._ledger.trials.values()), 0)
+        trials, confirm = self._sweep.options.trials, self._sweep.options.confirm
+        again = (min(confirm.top, trials - 1) + 1) * confirm.seeds if confirm.top else 0
+        return max(trials + again - sum(trial.has_ended for trial in self._ledger.trials.values()), 0)
 
     @property
     def is_done(self) -> bool:

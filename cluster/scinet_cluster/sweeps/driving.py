@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -44,11 +44,11 @@ def drive(sweep: Sweep, agenda: Agenda, ledger: Ledger, job: Job, *, address: st
         TrainingError: the sweep cannot go on.
     """
     resources = sweep.options.resources
-    with placement.connected(address), _interruptions() as interruption:
+    with _ray_words(job.folder), placement.connected(address), _interruptions() as interruption:
         fits = placement.capacity(resources)
         concurrent = min(fits, resources.concurrent or fits)
         say(_plan(sweep, agenda, concurrent))
-        watch = _Watch(agenda, ledger, job.folder, resources)
+        watch = _Watch(agenda, ledger, job.folder, resources, say)
         scheduler = SparingScheduler(stopping_rule(sweep.options.stopping, sweep.base.train.epochs))
         scheduler.replay(ledger.trials.values())
         scratch = job.folder / ".ray"
@@ -81,9 +81,17 @@ def drive(sweep: Sweep, agenda: Agenda, ledger: Ledger, job: Job, *, address: st
 class _Watch(tune.Callback, tune.Stopper):
     """Keeps the folder within its budget, and ends a sweep that nothing can help."""
 
-    def __init__(self, agenda: Agenda, ledger: Ledger, folder: Path, resources: ResourceOptions) -> None:
+    def __init__(
+        self,
+        agenda: Agenda,
+        ledger: Ledger,
+        folder: Path,
+        resources: ResourceOptions,
+        say: Callable[[str], None],
+    ) -> None:
         """Begin."""
         self._agenda, self._ledger, self._folder, self._resources = agenda, ledger, folder, resources
+        self._say = say
         self._looked_s = self._worked_s = time.monotonic()
         self.problem = ""
 
@@ -94,6 +102,10 @@ class _Watch(tune.Callback, tune.Stopper):
     def stop_all(self) -> bool:
         """Return whether the sweep cannot go on."""
         return bool(self.problem or self._agenda.refusal)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that a trial's actor is gone; its training ends by itself, and goes on where there is room."""
+        self._say(f"trial {trial.config['number']} lost its process or its node: it goes on from its checkpoint")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look after disk and progress every few seconds."""
@@ -120,6 +132,13 @@ class _Watch(tune.Callback, tune.Stopper):
 @dataclass
 class _Interruption:
     status: int = 130
+
+
+@contextmanager
+def _ray_words(folder: Path) -> Iterator[None]:
+    """Keep what Ray has to say, pages for a lost node, in a file beside the trials' own."""
+    with (folder / "logs/ray.log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        yield
 
 
 @contextmanager

@@ -1,0 +1,160 @@
+"""The order of a sweep's trials, what is kept of them, and which of them wins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scinet.errors import ConfigError
+from scinet_cluster.sweeps import options
+from scinet_cluster.sweeps.agenda import Agenda, confirmed, winner
+from scinet_cluster.sweeps.ledger import Ledger, Purpose, State, Trial, locked
+from scinet_cluster.sweeps.options import Sweep
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _opened(sweep: Sweep) -> tuple[Agenda, Ledger]:
+    ledger = Ledger(sweep.folder / "trials.jsonl")
+    return Agenda(sweep, ledger, _silent), ledger
+
+
+def _run(agenda: Agenda, trial: Trial, value: float, state: State = State.completed) -> None:
+    agenda.told(trial.number, 1, value / 2, [(0, "host", "cpu")])
+    agenda.told(trial.number, 2, value, [(0, "host", "cpu")])
+    agenda.ended(trial.number, state)
+
+
+def _next(agenda: Agenda) -> Trial:
+    trial = agenda.next()
+    assert trial is not None
+    return trial
+
+
+def test_default_goes_ahead_alone_until_its_first_evaluation(sweep: Sweep) -> None:
+    agenda, _ = _opened(sweep)
+    first = _next(agenda)
+    assert first.number == 0
+    assert first.parameters == {key: dimension.default for key, dimension in sweep.space.items()}
+    assert agenda.next() is None
+    agenda.told(0, 1, 30.0, [])
+    assert _next(agenda).number == 1
+
+
+def test_best_and_default_are_trained_again_with_other_seeds_and_their_mean_decides(sweep: Sweep) -> None:
+    agenda, ledger = _opened(sweep)
+    for value in (40.0, 60.0, 50.0, 30.0):
+        _run(agenda, _next(agenda), value)
+    again = []
+    for value in (45.0, 35.0, 47.0, 33.0):  # the default, then the search's best, for each seed
+        trial = _next(agenda)
+        again.append((trial.confirms, trial.seed))
+        assert trial.purpose is Purpose.confirm
+        assert trial.parameters == ledger.trials[trial.confirms].parameters
+        _run(agenda, trial, value)
+    assert again == [(0, 1), (1, 1), (0, 2), (1, 2)]
+    assert agenda.next() is None
+    assert agenda.is_done
+    best = winner(ledger)
+    assert best is not None
+    assert best.number == 0, "60 was luck"
+    assert confirmed(ledger, best) == [45.0, 47.0]
+
+
+def test_confirmations_wait_for_the_last_trial_of_the_search(sweep: Sweep) -> None:
+    agenda, _ = _opened(sweep)
+    _run(agenda, _next(agenda), 40.0)
+    running = [_next(agenda) for _ in range(3)]
+    for trial in running[:2]:
+        _run(agenda, trial, 50.0)
+        assert agenda.next() is None
+        assert not agenda.is_done
+    _run(agenda, running[2], 20.0, State.stopped)
+    assert _next(agenda).purpose is Purpose.confirm
+
+
+def test_killed_sweep_goes_on_with_what_was_interrupted_and_the_same_proposals(sweep: Sweep) -> None:
+    agenda, ledger = _opened(sweep)
+    _run(agenda, _next(agenda), 40.0)
+    _run(agenda, _next(agenda), 50.0)
+    interrupted = _next(agenda)
+    unbroken = _next(agenda)
+    path = sweep.folder / "trials.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote the fourth trial
+
+    agenda, ledger = _opened(sweep)
+    assert ledger.trials[1].best == 50.0
+    assert _next(agenda) == interrupted
+    assert _next(agenda).parameters == unbroken.parameters
+    assert agenda.next() is None
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()][-2:] == [2, 3]
+
+
+def test_failed_trial_keeps_its_reason_and_is_not_tried_again(sweep: Sweep) -> None:
+    agenda, ledger = _opened(sweep)
+    _run(agenda, _next(agenda), 40.0)
+    failed = _next(agenda)
+    agenda.ended(failed.number, State.failed, "status 1: step 3 has numbers that are not finite")
+    assert not agenda.refusal
+    assert [_next(agenda).number for _ in range(2)] == [2, 3]
+    assert Ledger(sweep.folder / "trials.jsonl").trials[1].reason.endswith("not finite")
+    assert ledger.trials[1].best is None
+
+
+def test_sweep_is_given_up_when_the_default_fails_from_the_start(sweep: Sweep) -> None:
+    agenda, _ = _opened(sweep)
+    agenda.ended(_next(agenda).number, State.failed, "status 2: no such data")
+    assert "no such data" in agenda.refusal
+    assert agenda.next() is None
+
+
+def test_trial_that_starts_again_tells_no_evaluation_twice(sweep: Sweep) -> None:
+    agenda, ledger = _opened(sweep)
+    _run(agenda, _next(agenda), 40.0)
+    trial = _next(agenda)
+    for _ in range(2):
+        agenda.told(trial.number, 1, 33.0, [])
+    agenda.ended(trial.number, State.completed)
+    assert ledger.trials[1].history == [(1, 33.0)]
+
+
+def test_grid_ends_with_its_last_combination(sweep: Sweep, tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        f"config: {ROOT / 'configs/quickstart.yaml'}\noutput: {tmp_path}\nname: grid\nsampler: grid\n"
+        "confirm: {top: 0}\nspace: {loss.hard_k: [1, 2], loss.margin: [0, 1]}\n"
+    )
+    grid = options.load(path, [])
+    grid.folder.mkdir()
+    agenda, ledger = _opened(grid)
+    while (trial := agenda.next()) is not None:
+        _run(agenda, trial, 10.0 + trial.number)
+    tried = [tuple(trial.parameters.values()) for trial in ledger.of(Purpose.search)][1:]
+    assert sorted(tried) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert agenda.is_done
+
+
+def test_second_process_is_kept_off_the_same_sweep(sweep: Sweep) -> None:
+    code = (
+        "import sys; from pathlib import Path; from scinet_cluster.sweeps.ledger import locked\n"
+        "with locked(Path(sys.argv[1])): pass"
+    )
+    with locked(sweep.folder):
+        other = subprocess.run([sys.executable, "-c", code, sweep.folder], capture_output=True, text=True, check=False)
+    assert other.returncode != 0
+    assert "is being swept by another process" in other.stderr
+
+
+def test_line_that_no_sweep_wrote_is_named(sweep: Sweep) -> None:
+    (sweep.folder / "trials.jsonl").write_text('{"number": "x"}\n')
+    with pytest.raises(ConfigError, match=r"trials\.jsonl has a line that no sweep wrote"):
+        Ledger(sweep.folder / "trials.jsonl")
