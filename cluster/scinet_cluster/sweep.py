@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        told = _parser().parse_intermixed_args(words)
+        told = parser().parse_intermixed_args(words)
         return _run(options.load(told.config, told.overrides), words, address=told.address, resume=told.resume)
     except ScinetError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,18 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    made = argparse.ArgumentParser(
         prog="scinet-sweep",
         description="Search options of a training by the mAP on its hold-out; the test split is never opened.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, help="a file of configs/sweeps")
-    parser.add_argument("--resume", action="store_true", help="go on with the sweep that the folder holds")
-    parser.add_argument("--address", default="", help="a Ray cluster, such as auto (default: one within this process)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the sweep's configuration")
-    return parser
+    made.add_argument("--config", type=Path, required=True, help="a file of configs/sweeps")
+    made.add_argument("--resume", action="store_true", help="go on with the sweep that the folder holds")
+    made.add_argument("--address", default="", help="a Ray cluster, such as auto (default: one within this process)")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the sweep's configuration")
+    return made
 
 
 def _run(sweep: Sweep, words: Sequence[str], *, address: str, resume: bool) -> int:

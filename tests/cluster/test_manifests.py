@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: by Kubernetes' own schemas, and by what the launcher and the training command make of them.
+"""The manifests for Kubernetes and Ray: by their own schemas, and by what our commands make of them.
 
 The schemas of the custom resources are not at hand here: what lies within them, jobs and pods, is checked.
 """
@@ -12,19 +12,24 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from scinet import config
-from scinet_cluster import launch
+from scinet_cluster import launch, sweep
 from scinet_cluster.nodes import find
+from scinet_cluster.sweeps import options, placement, trainable
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "cluster/kubernetes"
+RAY = ROOT / "cluster/ray"
 VERSION = "1.37"
-TRAINING = ("jobset", "pytorchjob", "rayjob")
+TRAINING = ("jobset", "pytorchjob")
+ALL = (*TRAINING, "rayjob")
 
 
 def _read(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((FOLDER / f"{name}.yaml").read_text()))
+    folder = RAY if name == "rayjob" else FOLDER
+    return list(yaml.safe_load_all((folder / f"{name}.yaml").read_text()))
 
 
 def _pods(tree: Any) -> Iterator[dict[str, Any]]:
@@ -44,10 +49,6 @@ def _pods_with_gpus(name: str) -> list[dict[str, Any]]:
 
 def _words(name: str) -> list[str]:
     """Return what the manifest gives ``scinet-launch``."""
-    (document,) = _read(name)
-    if name == "rayjob":
-        words: list[str] = document["spec"]["entrypoint"].partition("exec scinet-launch ")[2].split()
-        return words
     (container,) = _pods_with_gpus(name)[0]["containers"]
     assert container["command"] == ["scinet-launch"], "the container's first process hears SIGTERM"
     return [str(word) for word in container["args"]]
@@ -60,6 +61,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_manifest_is_known_to_the_tests() -> None:
     assert {path.stem for path in FOLDER.iterdir()} == {*TRAINING, "volumes"}
+    assert {path.stem for path in RAY.iterdir()} == {"rayjob", "cluster"}
 
 
 def test_volumes_are_what_kubernetes_takes() -> None:
@@ -67,7 +69,7 @@ def test_volumes_are_what_kubernetes_takes() -> None:
         kubernetes_validate.validate(document, VERSION, strict=True)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", ALL)
 def test_pods_are_what_kubernetes_takes(name: str) -> None:
     pods = list(_pods(_read(name)))
     assert pods
@@ -83,7 +85,7 @@ def test_jobs_of_the_jobset_are_what_kubernetes_takes() -> None:
     kubernetes_validate.validate(job, VERSION, strict=True)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", ALL)
 def test_pods_have_no_rights_they_do_not_need(name: str) -> None:
     for pod in _pods(_read(name)):
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -95,13 +97,14 @@ def test_pods_have_no_rights_they_do_not_need(name: str) -> None:
             }
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", ALL)
 def test_pods_that_train_share_the_runs_and_have_time_and_memory(name: str) -> None:
     claims = {document["metadata"]["name"] for document in _read("volumes")}
     pods = _pods_with_gpus(name)
     assert pods
+    grace_s = trainable.GRACE_S if name == "rayjob" else launch.parse(_words(name)).grace_s
     for pod in pods:
-        assert pod["terminationGracePeriodSeconds"] > launch.parse(_words(name)).grace_s
+        assert pod["terminationGracePeriodSeconds"] > grace_s
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
@@ -116,6 +119,30 @@ def test_configuration_is_one_that_the_training_command_takes(name: str) -> None
     assert joined[0] == "--config"
     assert joined[2:4] == ["--resume", "auto"]
     assert config.load(Path(joined[1]), joined[4:]).output == "/runs"
+
+
+def test_sweep_of_the_rayjob_is_one_that_its_command_takes_and_its_workers_hold() -> None:
+    (document,) = _read("rayjob")
+    words = document["spec"]["entrypoint"].partition("exec scinet-sweep ")[2].split()
+    told = sweep.parser().parse_intermixed_args(words)
+    assert told.resume, "a further try of the job goes on"
+    assert told.address == "auto"
+    made = options.load(told.config, told.overrides)
+    assert made.options.output.startswith("/runs/")
+    (pod,) = _pods_with_gpus("rayjob")
+    limits = pod["containers"][0]["resources"]["limits"]
+    wanted = placement.demanded(made.options.resources)
+    assert wanted == {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"])}
+    head = document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert "/runs" in {mount["mountPath"] for mount in head["containers"][0]["volumeMounts"]}
+
+
+def test_cluster_of_machines_is_one_that_ray_takes() -> None:
+    given = yaml.safe_load((RAY / "cluster.yaml").read_text())
+    prepared = prepare_config(given)
+    validate_config(prepared)
+    assert not prepared["setup_commands"], "nothing is installed behind the lock's back"
+    assert "--head" in prepared["head_start_ray_commands"][-1]
 
 
 def test_pods_of_the_jobset_find_each_other() -> None:

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+import ray
+from ray import tune
 from scinet.errors import FIRST_CURABLE
 from scinet.telemetry import read_metrics
 from scinet_cluster.addresses import free_port
@@ -24,7 +24,7 @@ from scinet_cluster.sweeps.options import ResourceOptions
 from scinet_cluster.sweeps.process import Job, LaunchedShare, Place
 
 _LOOKS_EVERY_S = 0.2
-_GRACE_S = 30.0
+GRACE_S = 30.0
 
 
 class Share:
@@ -34,7 +34,7 @@ class Share:
         """Prepare the launcher."""
         os.chdir(cwd)
         self._share = LaunchedShare(
-            Path(log), ranks=resources.ranks_per_node, cpus_per_rank=resources.cpus_per_rank, grace_s=_GRACE_S
+            Path(log), ranks=resources.ranks_per_node, cpus_per_rank=resources.cpus_per_rank, grace_s=GRACE_S
         )
 
     def start(self, words: list[str], place: Place) -> None:
