@@ -68,7 +68,8 @@ class Station(contextlib.AbstractContextManager["Station"]):
         try:
             self._endpoint = Endpoint(telemetry.host, port)
         except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+            known = isinstance(error, OSError) and (error.errno or 0) > 0
+            reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or str(error)
             return (
                 f"rank {ranks.rank} cannot listen on telemetry.host={telemetry.host}, port {port} ({reason}; "
                 f"telemetry.port={telemetry.port}): {remedy}, or telemetry.prometheus=off"
