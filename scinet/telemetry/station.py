@@ -68,10 +68,8 @@ class Station(contextlib.AbstractContextManager["Station"]):
         try:
             self._endpoint = Endpoint(telemetry.host, port)
         except (OSError, UnicodeError) as error:
-            known = isinstance(error, OSError) and (error.errno or 0) > 0
-            reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or str(error)
             return (
-                f"rank {ranks.rank} cannot listen on telemetry.host={telemetry.host}, port {port} ({reason}; "
+                f"rank {ranks.rank} cannot listen on telemetry.host={telemetry.host}, port {port} ({_reason(error)}; "
                 f"telemetry.port={telemetry.port}): {remedy}, or telemetry.prometheus=off"
             )
         return ""
@@ -155,6 +153,13 @@ class Station(contextlib.AbstractContextManager["Station"]):
             with contextlib.suppress(OSError):
                 self._directory.targets.unlink()
         self.rows.close()
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Return the system's words for why it cannot listen, without Python's."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _figures(mode: Prometheus, options: Options, ranks: Ranks) -> Observer:
