@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scinet.distributed import Ranks
 from scinet.telemetry import exchange as exchange_module
-from scinet.telemetry.exchange import Exchange
+from scinet.telemetry.exchange import Exchange, note
 from scinet.telemetry.figures import Figures
 
 CPU = torch.device("cpu")
@@ -66,30 +65,30 @@ def _values(text: str, name: str) -> dict[str, float]:
 def test_rank_counts_as_up_until_it_has_said_nothing_for_long(clock: Clock) -> None:
     board, published = Board(), list[str]()
     first, second = _exchange(0, board, published), _exchange(1, board, [])
-    second._refresh()
-    first._refresh()
+    second.refresh()
+    first.refresh()
     assert _values(published[-1], "scinet_rank_up") == {"0": 1, "1": 1, "2": 1}, "rank 2 may yet come"
     assert _values(published[-1], "scinet_step_duration_seconds_sum") == {"0": 1, "1": 2}
     clock.now_s = 10
-    second._refresh()
-    first._refresh()
+    second.refresh()
+    first.refresh()
     clock.now_s = 12  # later than 3 refreshes and a grace of 5 s after the start
-    first._refresh()
+    first.refresh()
     assert _values(published[-1], "scinet_rank_up") == {"0": 1, "1": 1, "2": 0}
     assert _values(published[-1], "scinet_rank_heartbeat_timestamp_seconds") == {"0": 1012, "1": 1010, "2": 1000}
     clock.now_s = 21.5
-    first._refresh()
+    first.refresh()
     assert _values(published[-1], "scinet_rank_up") == {"0": 1, "1": 0, "2": 0}
     assert _values(published[-1], "scinet_step_duration_seconds_sum") == {"0": 1, "1": 2}, "its last figures stay"
-    second._refresh()
-    first._refresh()
+    second.refresh()
+    first.refresh()
     assert _values(published[-1], "scinet_rank_up")["1"] == 1, "it speaks again"
 
 
 def test_host_of_a_rank_is_told(clock: Clock) -> None:
     board, published = Board(), list[str]()
-    board.put("1", json.dumps([1, 'host "b"', ""]))
-    _exchange(0, board, published, world_size=2)._refresh()
+    board.put("1", note(1, 'host "b"', ""))
+    _exchange(0, board, published, world_size=2).refresh()
     families = {family.name: family for family in text_string_to_metric_families(published[-1])}
     hosts = {sample.labels["rank"]: sample.labels["host"] for sample in families["scinet_rank_up"].samples}
     assert hosts["1"] == 'host "b"'
@@ -98,8 +97,8 @@ def test_host_of_a_rank_is_told(clock: Clock) -> None:
 def test_ranks_keep_their_figures_to_themselves_when_each_serves_its_own(clock: Clock) -> None:
     board, published, own = Board(), list[str](), list[str]()
     second = _exchange(1, board, own, shares=False)
-    second._refresh()
-    _exchange(0, board, published, shares=False)._refresh()
+    second.refresh()
+    _exchange(0, board, published, shares=False).refresh()
     assert _values(published[-1], "scinet_step_duration_seconds_sum") == {"0": 1}
     assert _values(published[-1], "scinet_rank_up") == {"0": 1, "1": 1, "2": 1}
     assert _values(own[-1], "scinet_step_duration_seconds_sum") == {"1": 2}
@@ -118,7 +117,7 @@ def test_training_goes_on_with_one_warning_when_the_exchange_breaks(caplog: pyte
         Broken(),
         published.append,
         refresh_s=0.01,
-        shares=True,  # type: ignore[arg-type]
+        shares=True,
     )
     exchange.start()
     time.sleep(0.1)
