@@ -152,7 +152,7 @@ class RunFigures(Figures):
             self._row = {name: value for name, value in row.items() if value is not None}
             self._pseudo_labels += self._row.get("pseudo_positives", 0)
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         """Keep what was taken."""
 
     def collect(self) -> Iterator[Metric]:

@@ -38,11 +38,11 @@ class Pusher:
         """Begin to push."""
         self._thread.start()
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         """Push once more, if the gateway answers in time."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join(2 * _LONGEST_S)
+            self._thread.join(patience_s)
 
     def _run(self) -> None:
         is_over = False

@@ -26,8 +26,8 @@ class Rows(Protocol):
 class Sink(Rows, Protocol):
     """One that is closed at the run's end."""
 
-    def close(self) -> None:
-        """Write what is left; no row comes after it."""
+    def close(self, patience_s: float) -> None:
+        """Write what is left, within a time; no row comes after it."""
         ...
 
 
@@ -50,24 +50,20 @@ class Fan:
             if not _works(lambda sink=sink: sink.write(self._log.rows[-1]), sink):  # type: ignore[misc]
                 self._sinks.remove(sink)
 
-    def close(self) -> None:
-        """Close the sinks."""
+    def close(self, patience_s: float) -> None:
+        """Close the sinks, each within a time."""
         for sink in self._sinks:
-            _works(sink.close, sink)
+            _works(lambda sink=sink: sink.close(patience_s), sink)  # type: ignore[misc]
 
 
 class Background:
     """A sink that may wait for a network: it works in a thread of its own, and the training goes on."""
 
-    def __init__(self, make: Callable[[], Sink], *, patience_s: float) -> None:
-        """Begin to make it.
-
-        Args:
-            make: returns the sink.
-            patience_s: longest wait for it at the end.
-        """
-        self._make, self._patience_s = make, patience_s
+    def __init__(self, make: Callable[[], Sink]) -> None:
+        """Begin to make it."""
+        self._make = make
         self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._patience_s = 0.0
         self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
         self._thread.start()
 
@@ -76,12 +72,17 @@ class Background:
         if self._thread.is_alive():
             self._waiting.put(row)
 
-    def close(self) -> None:
-        """Wait until the rows are written, or patience ends."""
+    def close(self, patience_s: float) -> None:
+        """Wait until the rows are written, or patience ends.
+
+        Raises:
+            TimeoutError: if it does.
+        """
+        self._patience_s = patience_s
         self._waiting.put(None)
-        self._thread.join(self._patience_s)
+        self._thread.join(patience_s)
         if self._thread.is_alive():
-            raise TimeoutError(f"the last rows are not taken within {self._patience_s:g} s")
+            raise TimeoutError(f"the last rows are not taken within {patience_s:g} s")
 
     def _run(self) -> None:
         made: list[Sink] = []
@@ -90,7 +91,7 @@ class Background:
         while (row := self._waiting.get()) is not None:
             if not _works(lambda row=row: made[0].write(row), made[0]):  # type: ignore[misc]
                 return
-        _works(made[0].close, made[0])
+        _works(lambda: made[0].close(self._patience_s), made[0])
 
 
 def _works(work: Callable[[], None], whose: object) -> bool:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from types import TracebackType
 
 from scinet import rundir
 from scinet.distributed import Ranks, gather_objects
@@ -25,7 +26,8 @@ from scinet.telemetry.tensorboard import TensorBoard
 from scinet.telemetry.weights_and_biases import WeightsAndBiases
 
 _MOST_PORT = 65535
-_PATIENCE_S = 20.0  # W&B gives up its upload before
+_PATIENCE_S = 20.0
+_HURRY_S = 2.0  # of a run that fails: the other ranks wait to be told
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Station(contextlib.AbstractContextManager["Station"]):
         problem = (weights_and_biases.missing() if wants_wandb else "") or self._listen()
         problems = [found for found in gather_objects([problem], ranks) if found]
         if problems:
-            self.close()
+            self._close(_HURRY_S)
             raise ConfigError(problems[0])
 
     def _listen(self) -> str:
@@ -99,7 +101,7 @@ class Station(contextlib.AbstractContextManager["Station"]):
             def weights_and_biases_run() -> WeightsAndBiases:
                 return WeightsAndBiases(options, directory, num_told)
 
-            self.rows.add(Background(weights_and_biases_run, patience_s=_PATIENCE_S))
+            self.rows.add(Background(weights_and_biases_run))
 
     def _begin_exchange(self, figures: Figures) -> Exchange:
         telemetry, ranks = self._options.telemetry, self._ranks
@@ -137,22 +139,23 @@ class Station(contextlib.AbstractContextManager["Station"]):
         except OSError as error:  # a full disk does not keep a run from going on
             _log.warning("%s cannot be written (%s): Prometheus must be told", self._directory.targets, error.strerror)
 
-    def __exit__(self, *_: object) -> None:
-        """End it all."""
-        self.close()
-
-    def close(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Tell the last figures, stop listening, and close the sinks."""
+        self._close(_PATIENCE_S if kind is None else _HURRY_S)
+
+    def _close(self, patience_s: float) -> None:
         if self._exchange:
             self._exchange.close()
         if self._endpoint:
             self._endpoint.close()
         if self._pusher:
-            self._pusher.close()
+            self._pusher.close(patience_s)
         if self._ranks.is_first:
             with contextlib.suppress(OSError):
                 self._directory.targets.unlink()
-        self.rows.close()
+        self.rows.close(patience_s)
 
 
 def _reason(error: OSError | UnicodeError) -> str:

@@ -49,7 +49,7 @@ class TensorBoard:
                 _log.warning("%s cannot be written (%s): its rows wait in memory", self._path, error.strerror)
             self._has_failed = True
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         """Nothing is left to write."""
 
     def _add(self, event: Event) -> None:

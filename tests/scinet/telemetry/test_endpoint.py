@@ -132,11 +132,11 @@ def test_nothing_listens_after_the_end(served: Endpoint) -> None:
 
 def test_port_is_free_again_when_a_child_outlives_a_killed_run() -> None:
     endpoint = Endpoint("127.0.0.1", 0)
-    mine, childs = socket.socketpair()
+    mine, theirs = socket.socketpair()
     child = os.fork()
     if not child:
-        childs.send(b"here")
-        childs.recv(1)  # until the parent lets go
+        theirs.send(b"here")
+        theirs.recv(1)  # until the parent lets go
         os._exit(0)
     assert mine.recv(4) == b"here"
     endpoint.forget()  # as the kernel does with the sockets of a process that is killed

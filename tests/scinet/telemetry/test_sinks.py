@@ -164,7 +164,7 @@ class _Failing:
             raise ValueError("the\nnetwork is gone")
         self.steps.append(row["step"])
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         raise AssertionError("it was given up")
 
 
@@ -174,10 +174,10 @@ def test_run_goes_on_with_one_warning_when_a_sink_fails(
 ) -> None:
     failing = _Failing()
     rows = Fan(MetricsLog(tmp_path / "metrics.jsonl"))
-    rows.add(Background(lambda: failing, patience_s=20) if is_apart else failing)
+    rows.add(Background(lambda: failing) if is_apart else failing)
     for step in range(1, 7):
         rows.write(_row(step))
-    rows.close()
+    rows.close(20)
     assert failing.steps == [1, 2]
     assert [row["step"] for row in MetricsLog(tmp_path / "metrics.jsonl").rows] == [1, 2, 3, 4, 5, 6]
     assert [record.getMessage() for record in caplog.records] == [
@@ -192,10 +192,10 @@ def test_run_does_not_wait_when_a_sink_cannot_be_made_or_hangs(caplog: pytest.Lo
     def refused() -> Any:
         raise OSError("no login")
 
-    rows.add(Background(refused, patience_s=20))
-    rows.add(Background(lambda: never.wait(60) and _Failing(), patience_s=0.1))
+    rows.add(Background(refused))
+    rows.add(Background(lambda: never.wait(60) and _Failing()))
     rows.write(_row(1))
-    rows.close()
+    rows.close(0.2)
     never.set()
     messages = sorted(record.getMessage() for record in caplog.records)
     assert messages[0].startswith("Background gets no more rows (the last rows are not taken")
@@ -277,7 +277,7 @@ def test_run_is_not_held_up_when_the_gateway_cannot_be_reached(caplog: pytest.Lo
     pusher.publish("a 1\n")
     pusher.start()
     time.sleep(0.2)  # many refusals
-    pusher.close()
+    pusher.close(20)
     (record,) = caplog.records
     assert "are not pushed to" in record.getMessage()
 
