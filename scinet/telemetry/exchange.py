@@ -85,7 +85,7 @@ class Exchange:
         self._has_failed = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
-        self._publish(self._text())
+        self._try(lambda: publish(self._text()))
 
     def start(self) -> None:
         """Begin to exchange."""
@@ -96,18 +96,21 @@ class Exchange:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._publish(self._text())
+        self._try(lambda: self._publish(self._text()))
 
     def _run(self) -> None:
         while True:
-            try:
-                self.refresh()
-            except Exception as error:  # a mistake here is ours, and no reason to end a training
-                if not self._has_failed:
-                    _log.warning("the figures for Prometheus are not refreshed: %s: %s", type(error).__name__, error)
-                self._has_failed = True
+            self._try(self.refresh)
             if self._ended.wait(self._refresh_s):
                 return
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # a mistake here is ours, and no reason to end a training
+            if not self._has_failed:
+                _log.warning("the figures for Prometheus are not refreshed: %s: %s", type(error).__name__, error)
+            self._has_failed = True
 
     def refresh(self) -> None:
         """Tell this rank's figures, and on rank 0 take the others'."""

@@ -94,6 +94,8 @@ class Figures(Observer):
 class RunFigures(Figures):
     """Those of rank 0, and of the whole run; a sink of its rows."""
 
+    name = "Prometheus"
+
     def __init__(self, options: Options, ranks: Ranks) -> None:
         """Begin with what is known before the first step."""
         self._standing: Standing | None = None

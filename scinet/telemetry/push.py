@@ -8,6 +8,8 @@ import threading
 import urllib.request
 from urllib.parse import quote
 
+from scinet.data import transports
+
 _LONGEST_S = 5.0
 
 _log = logging.getLogger(__name__)
@@ -54,5 +56,6 @@ class Pusher:
                     pass
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if not self._has_failed:
-                    _log.warning("figures are not pushed to %s (%s): it is tried again", self._url, error)
+                    shown = transports.shown(self._url)
+                    _log.warning("figures are not pushed to %s (%s): it is tried again", shown, error)
                 self._has_failed = True

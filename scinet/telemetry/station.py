@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -97,11 +98,8 @@ class Station(contextlib.AbstractContextManager["Station"]):
         if options.telemetry.tensorboard:
             self.rows.add(TensorBoard(directory.tensorboard, standing.steps))
         if options.telemetry.wandb:
-
-            def weights_and_biases_run() -> WeightsAndBiases:
-                return WeightsAndBiases(options, directory, num_told)
-
-            self.rows.add(Background(weights_and_biases_run))
+            make = functools.partial(WeightsAndBiases, options, directory, num_told)
+            self.rows.add(Background(WeightsAndBiases.name, make))
 
     def _begin_exchange(self, figures: Figures) -> Exchange:
         telemetry, ranks = self._options.telemetry, self._ranks

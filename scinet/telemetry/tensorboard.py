@@ -25,6 +25,8 @@ class TensorBoard:
     tensorboardX's own writer hands events to a thread through a short queue, which a full disk would fill for good.
     """
 
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, step: int) -> None:
         """Begin a file; events after ``step`` that are there already belong to steps that are taken again."""
         host = platform.node()

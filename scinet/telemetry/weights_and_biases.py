@@ -36,6 +36,8 @@ def missing() -> str:
 class WeightsAndBiases:
     """One run there; its rows' steps only grow."""
 
+    name = "Weights & Biases"
+
     def __init__(self, options: Options, directory: RunDirectory, num_told: int) -> None:
         """Begin the run, or go on with it; may wait for the network.
 

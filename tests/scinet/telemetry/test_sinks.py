@@ -156,6 +156,8 @@ def test_wandb_is_asked_for_in_one_sentence_when_it_is_missing(tmp_path: Path, m
 class _Failing:
     """A sink that breaks at its third row."""
 
+    name = "it"
+
     def __init__(self) -> None:
         self.steps: list[int] = []
 
@@ -174,14 +176,14 @@ def test_run_goes_on_with_one_warning_when_a_sink_fails(
 ) -> None:
     failing = _Failing()
     rows = Fan(MetricsLog(tmp_path / "metrics.jsonl"))
-    rows.add(Background(lambda: failing) if is_apart else failing)
+    rows.add(Background("it", lambda: failing) if is_apart else failing)
     for step in range(1, 7):
         rows.write(_row(step))
     rows.close(20)
     assert failing.steps == [1, 2]
     assert [row["step"] for row in MetricsLog(tmp_path / "metrics.jsonl").rows] == [1, 2, 3, 4, 5, 6]
     assert [record.getMessage() for record in caplog.records] == [
-        "_Failing gets no more rows (the network is gone): metrics.jsonl has them all"
+        "it gets no more rows (the network is gone): metrics.jsonl has them all"
     ]
 
 
@@ -192,14 +194,14 @@ def test_run_does_not_wait_when_a_sink_cannot_be_made_or_hangs(caplog: pytest.Lo
     def refused() -> Any:
         raise OSError("no login")
 
-    rows.add(Background(refused))
-    rows.add(Background(lambda: never.wait(60) and _Failing()))
+    rows.add(Background("one", refused))
+    rows.add(Background("other", lambda: never.wait(60) and _Failing()))
     rows.write(_row(1))
     rows.close(0.2)
     never.set()
     messages = sorted(record.getMessage() for record in caplog.records)
-    assert messages[0].startswith("Background gets no more rows (the last rows are not taken")
-    assert messages[1] == "refused gets no more rows (no login): metrics.jsonl has them all"
+    assert messages[1].startswith("other gets no more rows (the last rows are not taken")
+    assert messages[0] == "one gets no more rows (no login): metrics.jsonl has them all"
 
 
 def test_figures_go_on_from_the_rows_that_stay_when_a_run_is_resumed(tmp_path: Path) -> None:
