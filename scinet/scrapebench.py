@@ -176,7 +176,7 @@ def _compare(
     a_scrape = [1e3 * (slow - fast) / count for fast, slow, count in zip(without, with_client, counts[1:], strict=True)]
     serving = [1e3 * seconds / count for seconds, count in zip(served_s[1:], counts[1:], strict=True)]
     refreshed = watch.exchange.count - refreshes
-    of = f"{number} ranks, {watch.num_bytes / 2**10:.0f} KiB"
+    of = f"{number} rank{'s' * (number > 1)}, {watch.num_bytes / 2**10:.0f} KiB"
     found = [
         Verdict(f"training time of a scrape, {of} ({sum(counts[1:])} scrapes)", tuple(a_scrape), _MOST_MS),
         Verdict(f"processor time of serving one, {of}", tuple(serving), _MOST_MS),

@@ -50,8 +50,8 @@ class Pusher:
         is_over = False
         while not is_over:
             is_over = self._ended.wait(self._refresh_s)
-            request = urllib.request.Request(self._url, self._text.encode(), method="PUT")
             try:
+                request = urllib.request.Request(self._url, self._text.encode(), method="PUT")
                 with urllib.request.urlopen(request, timeout=_LONGEST_S):
                     pass
             except (OSError, http.client.HTTPException, ValueError) as error:

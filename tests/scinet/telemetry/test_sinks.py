@@ -272,10 +272,13 @@ def test_nothing_listens_when_nothing_is_trained_or_it_is_off(tmp_path: Path) ->
         assert list(tmp_path.iterdir()) == []
 
 
-def test_run_is_not_held_up_when_the_gateway_cannot_be_reached(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "gateway", ["http://127.0.0.1:{port}", "http://[", "http://no such host", "http://127.0.0.1:x"]
+)
+def test_run_is_not_held_up_when_the_gateway_cannot_be_reached(caplog: pytest.LogCaptureFixture, gateway: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    pusher = Pusher(f"http://127.0.0.1:{port}", "run", refresh_s=0.01)
+    pusher = Pusher(gateway.format(port=port), "run", refresh_s=0.01)
     pusher.publish("a 1\n")
     pusher.start()
     time.sleep(0.2)  # many refusals
