@@ -7,6 +7,7 @@ import http.client
 import os
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -130,8 +131,11 @@ def test_nothing_listens_after_the_end(served: Endpoint) -> None:
         assert idle.recv(1) == b""
 
 
-def test_port_is_free_again_when_a_child_outlives_a_killed_run() -> None:
+@pytest.fixture
+def outlived() -> Iterator[Endpoint]:
+    """An endpoint that answers, in a process whose child lives on, as a loader process may."""
     endpoint = Endpoint("127.0.0.1", 0)
+    endpoint.start()
     mine, theirs = socket.socketpair()
     child = os.fork()
     if not child:
@@ -139,10 +143,25 @@ def test_port_is_free_again_when_a_child_outlives_a_killed_run() -> None:
         theirs.recv(1)  # until the parent lets go
         os._exit(0)
     assert mine.recv(4) == b"here"
-    endpoint.forget()  # as the kernel does with the sockets of a process that is killed
-    with contextlib.closing(Endpoint("127.0.0.1", endpoint.port)):
-        mine.send(b"x")
-        os.waitpid(child, 0)
+    yield endpoint
+    mine.send(b"x")
+    os.waitpid(child, 0)
+
+
+@pytest.mark.timeout(60)
+def test_end_comes_at_once_when_a_child_lives_on(outlived: Endpoint) -> None:
+    started = time.monotonic()
+    outlived.close()
+    assert time.monotonic() - started < endpoint_module._LONGEST_S / 2, "the thread was woken, not given up"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", outlived.port), timeout=20)
+
+
+def test_port_is_free_again_when_a_child_outlives_a_killed_run(outlived: Endpoint) -> None:
+    outlived._listener.close()  # as the kernel does with the sockets of a process that is killed
+    with contextlib.closing(Endpoint("127.0.0.1", outlived.port)):
+        pass
+    outlived.close()
 
 
 def test_second_one_is_refused_when_the_port_is_taken(served: Endpoint) -> None:
