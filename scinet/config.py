@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from scinet.errors import ConfigError, nearest
-from scinet.options import BiDominant, Memory, Method, Options, Profile
+from scinet.options import BiDominant, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
 
 T = TypeVar("T")
 _Known = dict[str, tuple[dataclasses.Field[Any], Any]]
@@ -197,10 +197,9 @@ def _check_leaf(key: str, value: Any, known: _Known) -> str | None:
         return f"'{key}' has no value, expected {_describe(kind)}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         choices = [member.value for member in kind]
-        spelled = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
         return (
             None
-            if spelled in choices
+            if _spelled(value) in choices
             else (f"'{key}' is {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}")
         )
     if not _fits(kind, value):
@@ -210,6 +209,11 @@ def _check_leaf(key: str, value: Any, known: _Known) -> str | None:
         bounds = f"from {low:g} to {high:g}" if high is not None else f"at least {low:g}"
         return f"'{key}' is {value!r}, expected a number {bounds}"
     return None
+
+
+def _spelled(value: Any) -> Any:
+    """Return a choice as it was written: YAML reads `off` as false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -236,8 +240,14 @@ def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(kind):
             values[item.name] = _build(kind, given, f"{key}.")
         elif key in given:
-            values[item.name] = given[key] if _is_mapping(kind) else kind(given[key])
+            values[item.name] = _value(kind, given[key])
     return section(**values)
+
+
+def _value(kind: Any, given: Any) -> Any:
+    if _is_mapping(kind):
+        return given
+    return kind(_spelled(given) if issubclass(kind, enum.Enum) else given)
 
 
 def _relations(options: Options) -> Iterator[str]:
@@ -261,7 +271,19 @@ def _relations(options: Options) -> Iterator[str]:
         yield "'train.test_at_end=false' leaves 'method=zero_shot' nothing to do: it only scores the test split"
     if not options.name or Path(options.name).name != options.name:
         yield f"'name' is {options.name!r}, expected a plain folder name"
+    yield from _telemetry_relations(options.telemetry)
     for keys, instead in _DERIVED.items():
         for key in keys:
             if key in options.deepspeed:
                 yield f"'deepspeed.{key}' is derived: set {instead}"
+
+
+def _telemetry_relations(telemetry: TelemetryOptions) -> Iterator[str]:
+    has_gateway = telemetry.push_gateway.startswith(("http://", "https://"))
+    if telemetry.prometheus is Prometheus.push and not has_gateway:
+        yield (
+            f"'telemetry.prometheus=push' needs 'telemetry.push_gateway', a URL such as http://127.0.0.1:9091, found "
+            f"{telemetry.push_gateway!r}"
+        )
+    if not telemetry.host:
+        yield "'telemetry.host' is empty, expected an address such as 127.0.0.1, or 0.0.0.0 to let other machines in"
