@@ -12,7 +12,8 @@ from scinet.errors import ConfigError
 from scinet.options import Options, option
 from scinet_cluster.sweeps import space
 
-_OWN = ("name", "output", "resume", "baseline", "train.test_at_end")  # what a sweep decides of its trials
+# what a sweep decides of its trials; they run side by side, so each picks a port
+_OWN = ("name", "output", "resume", "baseline", "train.test_at_end", "telemetry.port")
 
 
 class Sampler(enum.Enum):
@@ -107,7 +108,7 @@ def load(path: Path, overrides: list[str]) -> Sweep:
     if problems:
         raise ConfigError("; ".join(f"{path}: {problem}" for problem in problems))
     fixed = [f"{key}={_spelled(value)}" for key, value in space.flattened(options.fixed)]
-    own = ["train.test_at_end=false", "baseline=", "checkpoint.keep_last=1"]
+    own = ["train.test_at_end=false", "baseline=", "checkpoint.keep_last=1", "telemetry.port=0"]
     base = config.load(path.parent / options.config, [*fixed, *own])
     return Sweep(options, base, space.parse(options.space, base))
 
