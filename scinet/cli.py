@@ -1,4 +1,4 @@
-"""The ``scinet`` command: ``data build``, ``train``, ``evaluate``, ``predict``, ``compare``, ``bench``.
+"""The ``scinet`` command: ``data build``, ``train``, ``evaluate``, ``predict``, ``top``, ``compare``, ``bench``.
 
 Heavy packages are imported inside the commands, so that help and usage errors come at once.
 """
@@ -81,6 +81,18 @@ def show(run: Annotated[Path, typer.Option("--run", help="A finished run's direc
     for what, value in summary.headline(options, rundir.read_evaluation(directory)):
         print(f"{value:>6}  {what}")
     print(f"page: {directory.path / 'report.html'}")
+
+
+@app.command()
+def top(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories.")] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+) -> None:
+    """Watch runs, all of runs/ unless named; q ends it: scinet top runs/quickstart."""
+    from scinet.top import command
+
+    command.top(runs or [], folder=Path("runs"), interval_s=interval, once=once)
 
 
 @app.command()

@@ -43,7 +43,6 @@ _FREE_ON_RESUME = {
     "train.on_bad_numbers",
     "train.max_bad_steps",
 }
-_LOCK = ".lock"
 _PACKAGES = (
     "scinet",
     "torch",
@@ -79,6 +78,11 @@ class RunDirectory:
         return self.path / "evaluation.json"
 
     @property
+    def targets(self) -> Path:
+        """Where Prometheus finds the run while it lives: a folder for all, since it looks for files in one only."""
+        return self.path.absolute().parent / ".prometheus" / f"{self.path.absolute().name}.json"
+
+    @property
     def bad_numbers(self) -> Path:
         """Batches whose loss or gradient was not finite."""
         return self.path / "bad-numbers"
@@ -87,6 +91,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Weights and state."""
         return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes the run."""
+        return self.checkpoints / ".lock"
 
 
 def create(options: Options) -> RunDirectory:
@@ -119,7 +128,7 @@ def locked(run: RunDirectory, *, patience_s: float = 0.0) -> Iterator[None]:
     Raises:
         ConfigError: if another process writes it, perhaps one that outlived its launcher.
     """
-    handle = os.open(run.checkpoints / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    handle = os.open(run.lock, os.O_CREAT | os.O_RDWR, 0o644)
     deadline = time.monotonic() + patience_s
     try:
         # a lock of this process alone: that of flock() would live on in loader processes
@@ -150,7 +159,7 @@ def discard_if_never_started(run: RunDirectory) -> None:
     """Remove the directory of a run that failed before its first step: it holds nothing yet."""
     if not run.config.exists():
         with contextlib.suppress(OSError):
-            (run.checkpoints / _LOCK).unlink()
+            run.lock.unlink()
         for folder in (run.checkpoints, run.path):
             with contextlib.suppress(OSError):
                 folder.rmdir()
