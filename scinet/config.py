@@ -12,13 +12,14 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from scinet.errors import ConfigError, nearest
-from scinet.options import BiDominant, Memory, Method, Options, Profile
+from scinet.options import BiDominant, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
 
 # what the run decides in DeepSpeed's section, and where it is said instead
 _DERIVED = {
@@ -171,10 +172,9 @@ def _check_leaf(key: str, value: Any) -> str | None:
         return f"'{key}' has no value, expected {_describe(kind)}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         choices = [member.value for member in kind]
-        spelled = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
         return (
             None
-            if spelled in choices
+            if _spelled(value) in choices
             else (f"'{key}' is {value!r}, expected one of {', '.join(choices)}{nearest(str(value), choices)}")
         )
     if not _fits(kind, value):
@@ -184,6 +184,11 @@ def _check_leaf(key: str, value: Any) -> str | None:
         bounds = f"from {low:g} to {high:g}" if high is not None else f"at least {low:g}"
         return f"'{key}' is {value!r}, expected a number {bounds}"
     return None
+
+
+def _spelled(value: Any) -> Any:
+    """Return a choice as it was written: YAML reads `off` as false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -210,9 +215,14 @@ def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(kind):
             values[item.name] = _build(kind, given, f"{key}.")
         elif key in given:
-            is_container = typing.get_origin(kind) is dict
-            values[item.name] = given[key] if is_container else kind(given[key])
+            values[item.name] = _value(kind, given[key])
     return section(**values)
+
+
+def _value(kind: Any, given: Any) -> Any:
+    if typing.get_origin(kind) is dict:
+        return given
+    return kind(_spelled(given) if issubclass(kind, enum.Enum) else given)
 
 
 def _relations(options: Options) -> Iterator[str]:
@@ -234,7 +244,18 @@ def _relations(options: Options) -> Iterator[str]:
         yield "'optimizer.learning_rate' is 0: nothing would train; for the untrained model set 'method=zero_shot'"
     if not options.name or Path(options.name).name != options.name:
         yield f"'name' is {options.name!r}, expected a plain folder name"
+    yield from _telemetry_relations(options.telemetry)
     for keys, instead in _DERIVED.items():
         for key in keys:
             if key in options.deepspeed:
                 yield f"'deepspeed.{key}' is derived: set {instead}"
+
+
+def _telemetry_relations(telemetry: TelemetryOptions) -> Iterator[str]:
+    if telemetry.prometheus is Prometheus.push and urlsplit(telemetry.push_gateway).scheme not in ("http", "https"):
+        yield (
+            f"'telemetry.prometheus=push' needs 'telemetry.push_gateway', a URL such as http://127.0.0.1:9091, found "
+            f"{telemetry.push_gateway!r}"
+        )
+    if not telemetry.host:
+        yield "'telemetry.host' is empty, expected an address such as 127.0.0.1, or 0.0.0.0 to let other machines in"

@@ -12,7 +12,7 @@ from torch import Tensor
 from scinet.data.batch import Batch
 from scinet.distributed import Ranks, gather_rows, sum_over_ranks
 from scinet.objective import Step
-from scinet.telemetry import MetricsLog
+from scinet.telemetry import Rows
 
 
 @dataclass
@@ -49,7 +49,7 @@ class _Window:
 class Meter:
     """Sums what the steps measure, and writes it over all ranks."""
 
-    def __init__(self, log: MetricsLog, ranks: Ranks, *, num_classes: int, accumulation_steps: int) -> None:
+    def __init__(self, log: Rows, ranks: Ranks, *, num_classes: int, accumulation_steps: int) -> None:
         """Begin with nothing summed."""
         self._log, self._ranks, self._num_classes, self._accumulation = log, ranks, num_classes, accumulation_steps
         self._window = _Window()

@@ -24,6 +24,7 @@ from scinet.losses.supervised import binary_cross_entropy, focal_margin
 from scinet.model.label_graph import propagation
 from scinet.model.network import Output
 from scinet.options import LossOptions, Method, Options, Profile
+from scinet.stopwatch import Stopwatch
 
 _FLIP_PROBABILITY = 0.6
 
@@ -101,9 +102,12 @@ class Look:
 class Objective:
     """The loss of SCINet, either profile, or of a baseline."""
 
-    def __init__(self, options: Options, fusion: Fusion | None, thresholds: DynamicThresholds) -> None:
-        """Take the state that SCINet's targets need; the baselines need none."""
+    def __init__(
+        self, options: Options, fusion: Fusion | None, thresholds: DynamicThresholds, stopwatch: Stopwatch
+    ) -> None:
+        """Take the state that SCINet's targets need; the baselines need none. The stopwatch times the fusion."""
         self._options, self._fusion, self._thresholds = options, fusion, thresholds
+        self._fusing = stopwatch
 
     def __call__(
         self, student: Output, batch: Batch, phase: Phase, size: float, look: Look | None = None, place: int = 0
@@ -126,7 +130,9 @@ class Objective:
             total = binary_cross_entropy(student.logits, (observed > 0).float(), weights) / size
             return Step(total, {"supervised": total.detach()}, None, None)
         views = student.logits.chunk(3)
-        confidence = self._confidence(self._fusion, student, look.mine[place], look.everyone)
+        everyone = look.everyone  # waited for before the fusion's time begins
+        with self._fusing:
+            confidence = self._confidence(self._fusion, student, look.mine[place], everyone)
         parts, pseudo = self._parts(views, confidence.unified, batch, phase)
         look.answer(confidence.unified, pseudo.positive)
         loss = self._options.loss

@@ -108,6 +108,22 @@ class LastBatch(enum.Enum):
     train = "train"
 
 
+class Prometheus(enum.Enum):
+    """Who serves a run's figures: rank 0 those of all, every rank its own, nobody (``push``: to a gateway; ``off``)."""
+
+    first_rank = "first_rank"
+    every_rank = "every_rank"
+    push = "push"
+    off = "off"
+
+
+class WandbMode(enum.Enum):
+    """``offline``: into the run directory, for `wandb sync`; ``online``: to its server, which needs a login."""
+
+    offline = "offline"
+    online = "online"
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Which shards are read, how they are masked and in which order they come."""
@@ -252,6 +268,22 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True)
+class TelemetryOptions:
+    """Who else is told how a run goes, beside the terminal and metrics.jsonl; none of it changes a result."""
+
+    prometheus: Prometheus = option(Prometheus.first_rank, "who serves the figures for Prometheus")
+    host: str = option("127.0.0.1", "address that is listened on; 0.0.0.0 or :: lets other machines in")
+    port: int = option(
+        0, "port of rank 0, or of a host's first rank; 0: a free one, said at the start", low=0, high=65535
+    )
+    push_gateway: str = option("", "URL of a push gateway, for prometheus=push")
+    refresh_s: float = option(2.0, "time between two looks at the figures, and between two pushes", low=0.1, high=3600)
+    tensorboard: bool = option(False, "write events for TensorBoard into the run directory")
+    wandb: bool = option(False, "log to Weights & Biases")
+    wandb_mode: WandbMode = option(WandbMode.offline, "where Weights & Biases puts it")
+
+
+@dataclass(frozen=True)
 class Options:
     """The whole configuration of a run."""
 
@@ -270,4 +302,5 @@ class Options:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    telemetry: TelemetryOptions = field(default_factory=TelemetryOptions)
     deepspeed: dict[str, Any] = option({}, "DeepSpeed's own configuration, passed through as it is")

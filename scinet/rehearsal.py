@@ -36,6 +36,7 @@ from scinet.model.network import Network, Output
 from scinet.model.teacher import Teacher
 from scinet.objective import Look, Objective, Phase
 from scinet.options import Memory, Method, Options
+from scinet.stopwatch import Stopwatch
 from scinet_kernels import estimate as kernel_cost
 
 
@@ -277,7 +278,7 @@ def _step(
     thresholds = DynamicThresholds(
         batch.observed.shape[1], hard_k=options.loss.hard_k, window=1, device=torch.device("cpu")
     )
-    objective = Objective(options, fusion, thresholds)
+    objective = Objective(options, fusion, thresholds, Stopwatch(torch.device("cpu")))
     start, before = live.now, live.flop
     live.peak = start
     look = None

@@ -42,6 +42,14 @@ _FREE_ON_RESUME = {
     "train.hang_timeout_s",
     "train.on_bad_numbers",
     "train.max_bad_steps",
+    "telemetry.prometheus",
+    "telemetry.host",
+    "telemetry.port",
+    "telemetry.push_gateway",
+    "telemetry.refresh_s",
+    "telemetry.tensorboard",
+    "telemetry.wandb",
+    "telemetry.wandb_mode",
 }
 _PACKAGES = (
     "scinet",
@@ -86,6 +94,16 @@ class RunDirectory:
     def bad_numbers(self) -> Path:
         """Batches whose loss or gradient was not finite."""
         return self.path / "bad-numbers"
+
+    @property
+    def targets(self) -> Path:
+        """Where Prometheus finds the run while it goes on."""
+        return self.path / "prometheus.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Events for TensorBoard."""
+        return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
@@ -199,8 +217,8 @@ def describe(run: RunDirectory, options: Options, *, weights_sha256: str, card_s
         "command": [sys.executable, *map(transports.shown, sys.argv)],
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "git_revision": _git_revision(),
+        "packages": {name: version_of(name) for name in _PACKAGES},
+        "git_revision": git_revision(),
         "world_size": world_size,
         "weights_sha256": weights_sha256,
         "data_card_sha256": card_sha256,
@@ -255,14 +273,16 @@ def write_text(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Return a package's version, or None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """Return the revision of this source, or None outside of a clone."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

@@ -33,7 +33,8 @@ from scinet.notes import Failures, Notes
 from scinet.options import Method, Options
 from scinet.report import summary
 from scinet.rundir import RunDirectory
-from scinet.telemetry import MetricsLog, Silence, Terminal, Voice, configure_logging
+from scinet.telemetry import Silence, Terminal, Voice, configure_logging
+from scinet.telemetry.station import Station
 from scinet.trainer import Trainer
 
 _END_OF_ANOTHER_S = 60.0
@@ -113,14 +114,21 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
         patience_s = _END_OF_ANOTHER_S if options.resume else 0.0
         from_first_rank(lambda: held.enter_context(rundir.locked(directory, patience_s=patience_s)), ranks)
         try:
-            return _carry_out(options, ranks, voice, sentry, directory, started)
+            station = held.enter_context(Station(options, ranks, directory))
+            return _carry_out(options, ranks, voice, sentry, directory, station, started)
         finally:
             if ranks.is_first:
                 rundir.discard_if_never_started(directory)
 
 
 def _carry_out(
-    options: Options, ranks: Ranks, voice: Voice, sentry: Sentry, directory: RunDirectory, started: float
+    options: Options,
+    ranks: Ranks,
+    voice: Voice,
+    sentry: Sentry,
+    directory: RunDirectory,
+    station: Station,
+    started: float,
 ) -> dict[str, Any]:
     made = materials.gather(
         options, ranks, voice.progress, lambda towers: fitting.check(options, towers, ranks, voice.say)
@@ -139,10 +147,9 @@ def _carry_out(
         correlation = None
         history: list[dict[str, Any]] = []
     else:
-        log = MetricsLog(directory.metrics if ranks.is_first else None)
-        scores, correlation = _train(options, made, ranks, voice, sentry, directory, log, evaluation)
-        history = log.rows
-        log.catch_up()
+        scores, correlation = _train(options, made, ranks, voice, sentry, directory, station, evaluation)
+        history = station.log.rows
+        station.log.catch_up()
     evaluation["seconds"] = time.monotonic() - started
     if ranks.is_first:
         rundir.write_text(directory.evaluation, json.dumps(evaluation, indent=1) + "\n")
@@ -181,18 +188,18 @@ def _train(
     voice: Voice,
     sentry: Sentry,
     directory: RunDirectory,
-    log: MetricsLog,
+    station: Station,
     evaluation: dict[str, Any],
 ) -> tuple[Scores, Tensor | None]:
     """Train and fill in the evaluation; return the selected teacher's test scores and the label correlation."""
-    trainer = Trainer(options, made, ranks, log, voice, sentry)
+    trainer = Trainer(options, made, ranks, station.rows, voice, sentry, station.observer)
     _describe(directory, options, made, ranks)
     keeper = Keeper(
         directory, options.checkpoint, ranks, patience_s=options.train.collective_timeout_s, notes=Notes(ranks)
     )
     if options.resume and keeper.load(trainer, voice.say):
         voice.say(f"resumed after epoch {trainer.progress.epoch} at step {trainer.progress.step}")
-    log.rewind(trainer.progress.step)
+    station.begin(trainer.standing, voice.say)
 
     def after_step() -> None:
         every = options.checkpoint.every_steps

@@ -34,7 +34,9 @@ from scinet.model.teacher import Teacher
 from scinet.objective import Look, Objective, Phase, Step
 from scinet.options import CorrelationSource, Method, OnBadNumbers, OnBadSample, Options, Profile
 from scinet.rundir import RunDirectory
-from scinet.telemetry import MetricsLog, Voice
+from scinet.stopwatch import Stopwatch
+from scinet.telemetry import Rows, Voice
+from scinet.telemetry.observer import Observer, Standing
 
 _log = logging.getLogger(__name__)
 _MOST_FINDINGS = 3
@@ -61,13 +63,14 @@ class Trainer:
         options: Options,
         materials: Materials,
         ranks: Ranks,
-        log: MetricsLog,
+        log: Rows,
         voice: Voice,
         guard: Guard | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Build everything that trains. Collective."""
         self._options, self._materials, self._ranks, self._log, self._voice = options, materials, ranks, log, voice
-        self._guard = guard or Guard()
+        self._guard, self._observer = guard or Guard(), observer or Observer()
         train = options.train
         self._source = materials.training(options, share_of(options, ranks))
         self.steps_per_epoch = self._source.steps_per_epoch
@@ -78,7 +81,8 @@ class Trainer:
         self._start_bias(network)
         self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self.steps_per_epoch))
         self.fusion, self.thresholds = self._build_fusion(network), self._build_thresholds()
-        self._objective = Objective(options, self.fusion, self.thresholds)
+        self._fusing = Stopwatch(ranks.device)
+        self._objective = Objective(options, self.fusion, self.thresholds, self._fusing)
         if uses_bf16(options, ranks.device):
             network.to(torch.bfloat16)
         self.engine = Engine(network, options, ranks.world_size, ranks.device, self.total_steps)
@@ -151,6 +155,14 @@ class Trainer:
         has_turn = progress.epoch % self._options.train.evaluate_every_epochs == 0 or self.is_finished
         return progress.epoch > progress.judged and has_turn
 
+    @property
+    def standing(self) -> Standing:
+        """How far the run has come, for those who look at it."""
+        progress = self.progress
+        return Standing(
+            progress.step, self.total_steps, progress.epoch, progress.samples, progress.skipped, progress.bad_steps
+        )
+
     def train_epoch(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Train to the end of an epoch, from wherever the run stands. Collective.
 
@@ -166,7 +178,8 @@ class Trainer:
             self._guard.mark(f"reading data for step {progress.step + 1}")
             started = time.monotonic()
             micro = [batch.to(self._ranks.device) for batch in islice(batches, train.accumulation_steps)]
-            self._meter.wait(time.monotonic() - started)
+            waited_s = time.monotonic() - started
+            self._meter.wait(waited_s)
             self._guard.mark(f"step {progress.step + 1}")
             num_valid = self._count(micro)
             steps = self.train_step(micro, num_valid)
@@ -177,8 +190,13 @@ class Trainer:
             if progress.step == end:
                 progress.epoch += 1
                 self._meter.begin()
+            self._observer.stand(self.standing)
+            done = time.monotonic()
             after_step()
-            self._guard.boundary("going on")
+            saved_s = time.monotonic() - done
+            self._guard.boundary("going on")  # a GPU has done the step only there
+            seconds = time.monotonic() - started - saved_s
+            self._observer.step(seconds=seconds, waited_s=waited_s, fusion_s=self._fusing.take())
 
     def _count(self, micro: list[Batch]) -> int:
         """Return the samples of a global batch, and keep count of those that were skipped. Collective.
@@ -232,9 +250,10 @@ class Trainer:
         self.progress.bad_in_a_row = 0
         if look is not None and self.fusion is not None:
             everyone, passed = look.answers()
-            self.fusion.update(everyone)
-            self.thresholds.update(passed)
-            self._refresh_graph(self.fusion)
+            with self._fusing:
+                self.fusion.update(everyone)
+                self.thresholds.update(passed)
+                self._refresh_graph(self.fusion)
         self.teacher.update(self.engine.network)
         return steps
 

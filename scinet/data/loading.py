@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from scinet.data import retries
 from scinet.data.examples import Example
 from scinet.data.views import Drawn
 from scinet.errors import LoaderLost
@@ -30,10 +31,14 @@ _MOST_PARCELS_AHEAD = 16
 
 
 class _Parcel(NamedTuple):
-    """The pixels [K, V, S, S, 3] uint8 of K examples, and all items in order, examples without their pixels."""
+    """The pixels [K, V, S, S, 3] uint8 of K examples, and all items in order, examples without their pixels.
+
+    ``retries``: how often their sources were tried again.
+    """
 
     pixels: Tensor
     items: list[Any]
+    retries: int
 
 
 class _Rest(NamedTuple):
@@ -64,7 +69,7 @@ def loaded(stream: IterableDataset[Any], *, workers: int, batch_size: int) -> It
         collate_fn=_packed,
         num_workers=workers,
         prefetch_factor=ahead,
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_begin,
     )
     for turn in _turns(parcels, workers):
         for items in zip_longest(*map(_unpacked, turn)):
@@ -118,8 +123,9 @@ def _started(parcels: DataLoader[Any]) -> Iterator[_Parcel]:
             signal.signal(signal.SIGCHLD, before)
 
 
-def _outlive_sigterm(_worker: int) -> None:
-    """Let a launcher's SIGTERM, sent to all processes, leave the samples that the last step needs."""
+def _begin(_worker: int) -> None:
+    """Let a launcher's SIGTERM, sent to all processes, leave the samples that the last step needs; count from zero."""
+    retries.take()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
@@ -140,10 +146,11 @@ def _packed(items: list[Any]) -> _Parcel:
         for item in items
     ]
     # torch's collating, unlike its stack(), writes where the other process reads
-    return _Parcel(default_collate(pixels) if pixels else torch.empty(0), rest)
+    return _Parcel(default_collate(pixels) if pixels else torch.empty(0), rest, retries.take())
 
 
 def _unpacked(parcel: _Parcel) -> Iterator[Any]:
+    retries.add(parcel.retries)
     pixels = iter(parcel.pixels)
     for item in parcel.items:
         yield Example(Drawn(next(pixels), item.cutouts), *item.others) if isinstance(item, _Rest) else item

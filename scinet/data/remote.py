@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from scinet.data import retries
 from scinet.errors import DataError
 
 T = TypeVar("T")
@@ -134,6 +135,7 @@ class RemoteStream:
                 if is_final or time.monotonic() + pause >= deadline:
                     raise DataError(self._failure(attempt, error)) from error
                 time.sleep(pause)
+                retries.add()
                 continue
             if not piece:
                 break

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from scinet.data import card as data_card
-from scinet.data import shardcache, transports
+from scinet.data import retries, shardcache, transports
 from scinet.data.card import DataCard, Shard
 from scinet.data.remote import FIRST_PAUSE_S, RemoteStream
 from scinet.data.tar_headers import LocalStream, Stream
@@ -93,13 +93,14 @@ def _remote(address: str, options: DataOptions, *, size: int | None = None, sha2
     )
 
 
-def _open_local(path: Path, retries: int) -> BinaryIO:
+def _open_local(path: Path, most_retries: int) -> BinaryIO:
     attempt = 0
     while True:
         try:
             return path.open("rb")
         except OSError as error:
-            if attempt == retries:
+            if attempt == most_retries:
                 raise DataError(f"shard {path} cannot be read: {error.strerror} ({attempt + 1} attempts)") from error
         time.sleep(FIRST_PAUSE_S * 2**attempt)
         attempt += 1
+        retries.add()

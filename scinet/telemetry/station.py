@@ -1,0 +1,132 @@
+"""Opens what a run tells beside the terminal: its rows, and its figures for Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable
+
+from scinet import rundir
+from scinet.distributed import Ranks, gather_objects
+from scinet.errors import ConfigError
+from scinet.notes import Notes
+from scinet.options import Method, Options, Prometheus
+from scinet.rundir import RunDirectory
+from scinet.telemetry.endpoint import PATH, Endpoint
+from scinet.telemetry.exchange import Exchange
+from scinet.telemetry.figures import Figures, RunFigures
+from scinet.telemetry.observer import Observer, Standing
+from scinet.telemetry.rows import Fan, MetricsLog
+
+_MOST_PORT = 65535
+
+_log = logging.getLogger(__name__)
+
+
+class Station(contextlib.AbstractContextManager["Station"]):
+    """What takes the rows and figures of one run, from before its first step to its end."""
+
+    def __init__(self, options: Options, ranks: Ranks, directory: RunDirectory) -> None:
+        """Listen where the options say, so that an address that is taken is said at once. Collective.
+
+        Raises:
+            ConfigError: on all ranks alike, if one cannot listen.
+        """
+        self._options, self._ranks, self._directory = options, ranks, directory
+        # the zero-shot classifier takes no step
+        self._mode = Prometheus.off if options.method is Method.zero_shot else options.telemetry.prometheus
+        self.log = MetricsLog(directory.metrics if ranks.is_first else None)
+        self.rows = Fan(self.log)
+        self.observer = _figures(self._mode, options, ranks)
+        self._endpoint: Endpoint | None = None
+        self._exchange: Exchange | None = None
+        problem = self._listen()
+        problems = [found for found in gather_objects([problem], ranks) if found]
+        if problems:
+            self.close()
+            raise ConfigError(problems[0])
+
+    def _listen(self) -> str:
+        """Open this rank's endpoint if it has one, and return why that failed."""
+        telemetry, ranks = self._options.telemetry, self._ranks
+        is_every_ranks = self._mode is Prometheus.every_rank
+        if not is_every_ranks and not (self._mode is Prometheus.first_rank and ranks.is_first):
+            return ""
+        port = telemetry.port and telemetry.port + is_every_ranks * int(os.environ.get("LOCAL_RANK", "0"))
+        remedy = "set another one, or telemetry.port=0 for a free one"
+        if port > _MOST_PORT:
+            return f"rank {ranks.rank} would listen on port {port}, telemetry.port is {telemetry.port}: {remedy}"
+        try:
+            self._endpoint = Endpoint(telemetry.host, port)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            return (
+                f"rank {ranks.rank} cannot listen on telemetry.host={telemetry.host}, port {port} ({reason}; "
+                f"telemetry.port={telemetry.port}): {remedy}, or telemetry.prometheus=off"
+            )
+        return ""
+
+    def begin(self, standing: Standing, say: Callable[[str], None]) -> None:
+        """Go on from where the run stands: drop the rows after it, tell figures and rows from now on. Collective."""
+        self.log.rewind(standing.steps)
+        telemetry, ranks, figures, endpoint = self._options.telemetry, self._ranks, self.observer, self._endpoint
+        if not isinstance(figures, Figures):
+            return
+        figures.stand(standing)
+        if isinstance(figures, RunFigures):
+            for row in self.log.rows:
+                figures.write(row)
+            self.rows.add(figures)
+        self._exchange = Exchange(
+            figures.registry,
+            ranks,
+            Notes(ranks),
+            endpoint.publish if endpoint else lambda _: None,
+            refresh_s=telemetry.refresh_s,
+            shares=self._mode is not Prometheus.every_rank,
+        )
+        self._exchange.start()
+        if endpoint:
+            endpoint.start()
+        self._announce(say)
+
+    def _announce(self, say: Callable[[str], None]) -> None:
+        """Write where Prometheus finds the run. Collective."""
+        targets = gather_objects([self._endpoint.target if self._endpoint else ""], self._ranks)
+        found = [(rank, target) for rank, target in enumerate(targets) if target]
+        if not self._ranks.is_first or not found:
+            return
+        has_ranks = self._mode is Prometheus.every_rank
+        entries = [
+            {"targets": [target], "labels": {"run": self._options.name} | ({"rank": str(rank)} if has_ranks else {})}
+            for rank, target in found
+        ]
+        for _, target in found:
+            say(f"metrics: http://{target}{PATH}")
+        try:
+            rundir.write_text(self._directory.targets, json.dumps(entries) + "\n")
+        except OSError as error:  # a full disk does not keep a run from going on
+            _log.warning("%s cannot be written (%s): Prometheus must be told", self._directory.targets, error.strerror)
+
+    def __exit__(self, *_: object) -> None:
+        """End it all."""
+        self.close()
+
+    def close(self) -> None:
+        """Tell the last figures, stop listening, and close the sinks."""
+        if self._exchange:
+            self._exchange.close()
+        if self._endpoint:
+            self._endpoint.close()
+        if self._ranks.is_first:
+            with contextlib.suppress(OSError):
+                self._directory.targets.unlink()
+        self.rows.close()
+
+
+def _figures(mode: Prometheus, options: Options, ranks: Ranks) -> Observer:
+    if mode is Prometheus.off:
+        return Observer()
+    return RunFigures(options, ranks) if ranks.is_first else Figures(ranks)
