@@ -87,18 +87,14 @@ class RunDirectory:
 
     @property
     def targets(self) -> Path:
-        """Where Prometheus finds the run while it lives: a folder for all, since it looks for files in one only."""
-        return self.path.absolute().parent / ".prometheus" / f"{self.path.absolute().name}.json"
+        """Where Prometheus finds the run while it goes on: one folder for all, since it takes no ``runs/*/``."""
+        path = self.path.absolute()
+        return path.parent / ".prometheus" / f"{path.name}.json"
 
     @property
     def bad_numbers(self) -> Path:
         """Batches whose loss or gradient was not finite."""
         return self.path / "bad-numbers"
-
-    @property
-    def targets(self) -> Path:
-        """Where Prometheus finds the run while it goes on."""
-        return self.path / "prometheus.json"
 
     @property
     def tensorboard(self) -> Path:

@@ -7,10 +7,11 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from types import TracebackType
 
 from scinet import rundir
 from scinet.distributed import Ranks, gather_objects
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, Preempted
 from scinet.notes import Notes
 from scinet.options import Method, Options, Prometheus
 from scinet.rundir import RunDirectory
@@ -106,21 +107,24 @@ class Station(contextlib.AbstractContextManager["Station"]):
         for _, target in found:
             say(f"metrics: http://{target}{PATH}")
         try:
+            self._directory.targets.parent.mkdir(exist_ok=True)
             rundir.write_text(self._directory.targets, json.dumps(entries) + "\n")
         except OSError as error:  # a full disk does not keep a run from going on
             _log.warning("%s cannot be written (%s): Prometheus must be told", self._directory.targets, error.strerror)
 
-    def __exit__(self, *_: object) -> None:
-        """End it all."""
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it all; of a run that failed Prometheus is to find that it is down."""
+        self.close(has_failed=error is not None and not isinstance(error, Preempted | KeyboardInterrupt))
 
-    def close(self) -> None:
+    def close(self, *, has_failed: bool = False) -> None:
         """Tell the last figures, stop listening, and close the sinks."""
         if self._exchange:
             self._exchange.close()
         if self._endpoint:
             self._endpoint.close()
-        if self._ranks.is_first:
+        if self._ranks.is_first and not has_failed:
             with contextlib.suppress(OSError):
                 self._directory.targets.unlink()
         self.rows.close()
