@@ -18,6 +18,8 @@ from rich.live import Live
 
 from scinet import rundir
 from scinet.errors import CheckpointError, ScinetError
+from scinet.options import Options
+from scinet.rundir import RunDirectory
 from scinet.top.screen import screen
 from scinet.top.watch import Look, Watch
 
@@ -59,20 +61,28 @@ class _Board:
     def __init__(self, paths: Sequence[Path], folder: Path) -> None:
         self._paths, self._folder = list(dict.fromkeys(paths)), folder
         self._watches: dict[Path, Watch] = {}
+        self._early: set[Path] = set()
         self._find()
 
     def _find(self) -> list[str]:
         """Take up all runs that are there, and return what is to be said of the other paths."""
-        paths = self._paths or sorted(found.parent for found in self._folder.glob("*/config.yaml"))
+        paths = self._paths or [path for path in sorted(self._folder.glob("*")) if _may_be_run(RunDirectory(path))]
         errors: list[ScinetError] = []
         for path in paths:
-            if path not in self._watches:
-                try:
-                    self._watches[path] = Watch(*rundir.find(path))
-                except ScinetError as error:
+            if path in self._watches and path not in self._early:
+                continue
+            try:
+                self._watches[path] = Watch(*rundir.find(path))
+                self._early.discard(path)
+            except ScinetError as error:
+                # until all that may be refused has been accepted, a run has no configuration
+                if _may_be_run(run := RunDirectory(path)) and not run.config.exists():
+                    self._watches[path] = Watch(run, Options())
+                    self._early.add(path)
+                else:
                     errors.append(error)
-                except OSError as error:
-                    errors.append(CheckpointError(f"{path} cannot be read: {error.strerror}"))
+            except (OSError, ValueError) as error:
+                errors.append(CheckpointError(f"{path} cannot be read: {error}"))
         if not self._watches:
             raise errors[0] if errors else CheckpointError(f"there is no run in {self._folder}: name one")
         return [f"not shown: {error}" for error in errors]
@@ -83,6 +93,10 @@ class _Board:
         with ThreadPoolExecutor(_RUNS_AT_ONCE) as pool:
             looks = list(pool.map(Watch.look, self._watches.values()))
         return sorted(looks, key=lambda look: not look.state.is_alive), others
+
+
+def _may_be_run(run: RunDirectory) -> bool:
+    return run.config.is_file() or run.lock.is_file()
 
 
 @contextlib.contextmanager

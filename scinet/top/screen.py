@@ -64,7 +64,7 @@ def _table(looks: Sequence[Look], width: int | None) -> Table:
     shortest = min(wide(columns[0]), _SHORTEST_NAME + 2)
     while width is not None and len(columns) > 2 and shortest + sum(map(wide, columns[1:])) > width:
         columns.remove(max(columns[1:], key=lambda column: column.gives_way))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
         table.add_column(
             column.title,
@@ -88,7 +88,7 @@ def _losses(look: Look) -> Text | None:
 def _ranks(look: Look) -> Table | None:
     if not look.ranks:
         return None
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for title in ("rank", "", "steps", "data wait", "memory"):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     table.add_column("host", no_wrap=True, overflow="ellipsis")

@@ -88,7 +88,7 @@ class Watch:
     def look(self) -> Look:
         """Return how it fares now; takes a second at most if an endpoint is silent."""
         self._rows.follow()
-        figures = scrape(targets(self._run.targets), limit_s=_LIMIT_S)
+        figures = self._ask()
         self._past = [each for each in self._past if figures.at_s - each.at_s < _RATE_WINDOW_S]
         self._past = [*self._past, figures] if figures else []
         row, rows = self._rows.training, self._rows
@@ -116,6 +116,12 @@ class Watch:
             parts={name[5:]: value for name in row if name[:5] == "loss/" and (value := number(row, name)) is not None},
             ranks=_ranks(figures),
         )
+
+    def _ask(self) -> Figures:
+        """Return what its endpoints say, unless another run has come by the port of one that was killed."""
+        figures = scrape(targets(self._run.targets), limit_s=_LIMIT_S)
+        is_another = figures.labels("scinet_run_info").get("run", self._options.name) != self._options.name
+        return Figures([], figures.at_s) if is_another else figures
 
     def _total_steps(self, figures: Figures) -> int | None:
         """Return the steps that are planned, or what the epochs so far and the configuration say about it."""
