@@ -195,7 +195,12 @@ def _train(
     trainer = Trainer(options, made, ranks, station.rows, voice, sentry, station.observer)
     _describe(directory, options, made, ranks)
     keeper = Keeper(
-        directory, options.checkpoint, ranks, patience_s=options.train.collective_timeout_s, notes=Notes(ranks)
+        directory,
+        options.checkpoint,
+        ranks,
+        patience_s=options.train.collective_timeout_s,
+        notes=Notes(ranks),
+        observer=station.observer,
     )
     if options.resume and keeper.load(trainer, voice.say):
         voice.say(f"resumed after epoch {trainer.progress.epoch} at step {trainer.progress.step}")

@@ -330,18 +330,21 @@ class Trainer:
         return self._materials.plain(split).score(forward, self._ranks, self._guard)
 
     def evaluate_holdout(self) -> bool:
-        """Evaluate the teacher on the hold-out, and return whether it is the best so far. Collective."""
-        scores = self.score("holdout", use_teacher=True)
-        holdout_map = evaluate(scores.probabilities, scores.truth).mean_average_precision
+        """Score both networks on the hold-out, and return whether the teacher is the best so far. Collective."""
+
+        def holdout_map(*, use_teacher: bool) -> float:
+            scores = self.score("holdout", use_teacher=use_teacher)
+            return evaluate(scores.probabilities, scores.truth).mean_average_precision
+
+        teacher_map, student_map = holdout_map(use_teacher=True), holdout_map(use_teacher=False)
         progress = self.progress
         epoch = progress.epoch - 1
-        self._log.write(
-            {"step": progress.step, "epoch": epoch, "samples_seen": progress.samples, "holdout_map": holdout_map}
-        )
-        progress.judged, progress.last_map = progress.epoch, holdout_map
-        is_best = holdout_map > progress.best_map
+        row = {"step": progress.step, "epoch": epoch, "samples_seen": progress.samples}
+        self._log.write(row | {"holdout_map": teacher_map, "holdout_map_student": student_map})
+        progress.judged, progress.last_map = progress.epoch, teacher_map
+        is_best = teacher_map > progress.best_map
         if is_best:
-            progress.best_map, progress.best_epoch = holdout_map, epoch
+            progress.best_map, progress.best_epoch = teacher_map, epoch
         return is_best
 
     def state(self) -> State:

@@ -28,6 +28,7 @@ from scinet.errors import CheckpointError
 from scinet.notes import Notes
 from scinet.options import CheckpointOptions
 from scinet.rundir import RunDirectory, write_text
+from scinet.telemetry.observer import Observer
 from scinet.trainer import Trainer
 
 _LATEST = "latest.json"
@@ -45,13 +46,21 @@ class _Job:
     number: int
     tensors: dict[str, Tensor]
     content: dict[str, Any]
+    begun_s: float
 
 
 class Keeper:
     """Writes and reads the checkpoints of one run."""
 
     def __init__(
-        self, run: RunDirectory, options: CheckpointOptions, ranks: Ranks, *, patience_s: float, notes: Notes
+        self,
+        run: RunDirectory,
+        options: CheckpointOptions,
+        ranks: Ranks,
+        *,
+        patience_s: float,
+        notes: Notes,
+        observer: Observer | None = None,
     ) -> None:
         """Take the run's folder.
 
@@ -61,9 +70,10 @@ class Keeper:
             ranks: this process.
             patience_s: longest wait for the other ranks' pieces.
             notes: through which the ranks' threads tell each other how they fare.
+            observer: told how long checkpoints take; on the first rank, whose thread completes them.
         """
         self._folder, self._options, self._ranks, self._notes = run.checkpoints, options, ranks, notes
-        self._patience_s = patience_s
+        self._patience_s, self._observer = patience_s, observer or Observer()
         self._numbers = count()
         self._thread: threading.Thread | None = None
         self.stalled_s = 0.0
@@ -80,11 +90,14 @@ class Keeper:
             "tensors": {part.name: list(part.shape) for part in state.parts},
             "state": state.scalars,
         }
-        job = _Job(_tag(trainer.progress.step), next(self._numbers), pieces.own(state.parts, self._ranks), content)
+        tensors = pieces.own(state.parts, self._ranks)
+        job = _Job(_tag(trainer.progress.step), next(self._numbers), tensors, content, time.monotonic())
         # a daemon: a process that fails does not wait for ranks that failed before it
         self._thread = threading.Thread(target=self._carry_out, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
-        self.stalled_s += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.stalled_s += seconds
+        self._observer.stalled(seconds)
 
     def wait(self) -> None:
         """Return when the last checkpoint is written, or has failed."""
@@ -174,6 +187,7 @@ class Keeper:
         self._notes.put(_key(job, self._ranks.rank), json.dumps(outcome))
         if self._ranks.is_first:
             failure = self._complete(folder, job)
+            self._observer.checkpoint(time.monotonic() - job.begun_s, is_written=failure is None)
             if failure:
                 shutil.rmtree(folder, ignore_errors=True)
                 _log.warning("checkpoint %s was not written (%s): the previous one stays", job.tag, failure)

@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import os
+import queue
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,21 +47,62 @@ class Fan:
         """Hand on one row."""
         self._log.write(row)
         for sink in list(self._sinks):
-            self._try(sink, lambda sink=sink: sink.write(self._log.rows[-1]))  # type: ignore[misc]
+            if not _works(lambda sink=sink: sink.write(self._log.rows[-1]), sink):  # type: ignore[misc]
+                self._sinks.remove(sink)
 
     def close(self) -> None:
         """Close the sinks."""
-        for sink in list(self._sinks):
-            self._try(sink, sink.close)
+        for sink in self._sinks:
+            _works(sink.close, sink)
 
-    def _try(self, sink: Sink, work: Callable[[], None]) -> None:
-        """Do a sink's work; one that fails is warned of, and gets no more."""
-        try:
-            work()
-        except Exception as error:  # whatever another project's writer raises, the run goes on
-            self._sinks.remove(sink)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            _log.warning("%s gets no more rows (%s): metrics.jsonl has them all", type(sink).__name__, reason)
+
+class Background:
+    """A sink that may wait for a network: it works in a thread of its own, and the training goes on."""
+
+    def __init__(self, make: Callable[[], Sink], *, patience_s: float) -> None:
+        """Begin to make it.
+
+        Args:
+            make: returns the sink.
+            patience_s: longest wait for it at the end.
+        """
+        self._make, self._patience_s = make, patience_s
+        self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
+        self._thread.start()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Leave a row for the thread."""
+        if self._thread.is_alive():
+            self._waiting.put(row)
+
+    def close(self) -> None:
+        """Wait until the rows are written, or patience ends."""
+        self._waiting.put(None)
+        self._thread.join(self._patience_s)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the last rows are not taken within {self._patience_s:g} s")
+
+    def _run(self) -> None:
+        made: list[Sink] = []
+        if not _works(lambda: made.append(self._make()), self._make):
+            return
+        while (row := self._waiting.get()) is not None:
+            if not _works(lambda row=row: made[0].write(row), made[0]):  # type: ignore[misc]
+                return
+        _works(made[0].close, made[0])
+
+
+def _works(work: Callable[[], None], whose: object) -> bool:
+    """Do a sink's work and return whether it went well; a warning says if not."""
+    try:
+        work()
+    except Exception as error:  # whatever another project's writer raises, the run goes on
+        reason = " ".join(str(error).split()) or type(error).__name__
+        name = getattr(whose, "__name__", type(whose).__name__)
+        _log.warning("%s gets no more rows (%s): metrics.jsonl has them all", name, reason)
+        return False
+    return True
 
 
 class MetricsLog:
@@ -92,12 +135,7 @@ class MetricsLog:
         """
         waiting = self.rows[self._num_written :]
         if self._path is not None and waiting:
-            data = "".join(json.dumps(row) + "\n" for row in waiting).encode()
-            with self._path.open("ab", buffering=0) as file:
-                end = file.tell()
-                if file.write(data) < len(data):
-                    file.truncate(end)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            append(self._path, "".join(json.dumps(row) + "\n" for row in waiting).encode())
         self._num_written = len(self.rows)
 
     def rewind(self, step: int) -> None:
@@ -114,6 +152,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``metrics.jsonl``; the last one may be cut off where a run was killed, and is left out."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append all of the data to a file, or nothing.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _finite(value: Any) -> Any:

@@ -15,13 +15,18 @@ from scinet.errors import ConfigError, Preempted
 from scinet.notes import Notes
 from scinet.options import Method, Options, Prometheus
 from scinet.rundir import RunDirectory
+from scinet.telemetry import weights_and_biases
 from scinet.telemetry.endpoint import PATH, Endpoint
 from scinet.telemetry.exchange import Exchange
 from scinet.telemetry.figures import Figures, RunFigures
 from scinet.telemetry.observer import Observer, Standing
-from scinet.telemetry.rows import Fan, MetricsLog
+from scinet.telemetry.push import Pusher
+from scinet.telemetry.rows import Background, Fan, MetricsLog
+from scinet.telemetry.tensorboard import TensorBoard
+from scinet.telemetry.weights_and_biases import WeightsAndBiases
 
 _MOST_PORT = 65535
+_PATIENCE_S = 20.0  # W&B gives up its upload before
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +47,10 @@ class Station(contextlib.AbstractContextManager["Station"]):
         self.rows = Fan(self.log)
         self.observer = _figures(self._mode, options, ranks)
         self._endpoint: Endpoint | None = None
+        self._pusher: Pusher | None = None
         self._exchange: Exchange | None = None
-        problem = self._listen()
+        wants_wandb = options.telemetry.wandb and ranks.is_first
+        problem = (weights_and_biases.missing() if wants_wandb else "") or self._listen()
         problems = [found for found in gather_objects([problem], ranks) if found]
         if problems:
             self.close()
@@ -71,27 +78,48 @@ class Station(contextlib.AbstractContextManager["Station"]):
 
     def begin(self, standing: Standing, say: Callable[[str], None]) -> None:
         """Go on from where the run stands: drop the rows after it, tell figures and rows from now on. Collective."""
+        num_rows = len(self.log.rows)
         self.log.rewind(standing.steps)
-        telemetry, ranks, figures, endpoint = self._options.telemetry, self._ranks, self.observer, self._endpoint
-        if not isinstance(figures, Figures):
+        if self._ranks.is_first:
+            self._open_sinks(standing, num_told=num_rows - len(self.log.rows))
+        if not isinstance(self.observer, Figures):
             return
-        figures.stand(standing)
-        if isinstance(figures, RunFigures):
+        self.observer.stand(standing)
+        if isinstance(self.observer, RunFigures):
             for row in self.log.rows:
-                figures.write(row)
-            self.rows.add(figures)
-        self._exchange = Exchange(
+                self.observer.write(row)
+            self.rows.add(self.observer)
+        self._exchange = self._begin_exchange(self.observer)
+        self._announce(say)
+
+    def _open_sinks(self, standing: Standing, *, num_told: int) -> None:
+        options, directory = self._options, self._directory
+        if options.telemetry.tensorboard:
+            self.rows.add(TensorBoard(directory.tensorboard, standing.steps))
+        if options.telemetry.wandb:
+
+            def weights_and_biases_run() -> WeightsAndBiases:
+                return WeightsAndBiases(options, directory, num_told)
+
+            self.rows.add(Background(weights_and_biases_run, patience_s=_PATIENCE_S))
+
+    def _begin_exchange(self, figures: Figures) -> Exchange:
+        telemetry, ranks = self._options.telemetry, self._ranks
+        if self._mode is Prometheus.push and ranks.is_first:
+            self._pusher = Pusher(telemetry.push_gateway, self._options.name, refresh_s=telemetry.refresh_s)
+        outlet = self._endpoint or self._pusher
+        exchange = Exchange(
             figures.registry,
             ranks,
             Notes(ranks),
-            endpoint.publish if endpoint else lambda _: None,
+            outlet.publish if outlet else lambda _: None,
             refresh_s=telemetry.refresh_s,
             shares=self._mode is not Prometheus.every_rank,
         )
-        self._exchange.start()
-        if endpoint:
-            endpoint.start()
-        self._announce(say)
+        exchange.start()
+        if outlet:
+            outlet.start()
+        return exchange
 
     def _announce(self, say: Callable[[str], None]) -> None:
         """Write where Prometheus finds the run. Collective."""
@@ -124,6 +152,8 @@ class Station(contextlib.AbstractContextManager["Station"]):
             self._exchange.close()
         if self._endpoint:
             self._endpoint.close()
+        if self._pusher:
+            self._pusher.close()
         if self._ranks.is_first and not has_failed:
             with contextlib.suppress(OSError):
                 self._directory.targets.unlink()
