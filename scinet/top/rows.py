@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
+LARGEST = 10**15  # of any figure that is shown: beyond it stands nonsense, and arithmetic that overflows
 _MOST_BYTES = 4 << 20
 
 
@@ -29,6 +29,9 @@ class Rows:
 
     def follow(self) -> None:
         """Read on; of more than a few MiB the newest. A file that was replaced, as on resuming, is read anew."""
+        if not self._path.is_file():  # a pipe would never open
+            self._forget()
+            return
         try:
             with self._path.open("rb") as file:
                 state = os.fstat(file.fileno())
@@ -63,11 +66,8 @@ class Rows:
 
 
 def number(row: dict[str, Any], key: str) -> float | None:
-    """Return a finite number of a row, or None for anything else."""
+    """Return a number of a row, or None for anything else."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if -LARGEST <= value <= LARGEST else None

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from scinet.top.rows import LARGEST
+
 _MOST_TARGETS = 64
 _LARGEST_FILE = 1 << 20
 _LARGEST_ANSWER = 4 << 20
+_LONGEST_LINE = 1024  # the parser's time grows with its square
+_MOST_LINES = 10_000
 _TARGET = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9.-]{1,253})):([0-9]{1,5})")
 
 
@@ -33,11 +37,11 @@ class Figures:
     """What the endpoints of one run said at one moment; empty if none answered."""
 
     def __init__(self, samples: Sequence[Sample], at_s: float) -> None:
-        """Keep the finite samples, and the time of a monotonic clock."""
+        """Keep the samples that are numbers, and the time of a monotonic clock."""
         self.at_s = at_s
         self._samples: dict[str, list[Sample]] = {}
         for sample in samples:
-            if math.isfinite(sample.value):
+            if -LARGEST <= sample.value <= LARGEST:
                 self._samples.setdefault(sample.name, []).append(sample)
 
     def __bool__(self) -> bool:
@@ -61,6 +65,8 @@ class Figures:
 
 def targets(path: Path) -> list[tuple[str, int]]:
     """Return the hosts and ports that a file in Prometheus' ``file_sd`` format names: nothing else is ever opened."""
+    if not path.is_file():  # a pipe would never open
+        return []
     try:
         with path.open("rb") as file:
             groups = json.loads(file.read(_LARGEST_FILE))
@@ -72,12 +78,18 @@ def targets(path: Path) -> list[tuple[str, int]]:
     return [(host, port) for host, port in found if 0 < port < 1 << 16]
 
 
-def scrape(addresses: Sequence[tuple[str, int]], *, limit_s: float) -> Figures:
-    """Ask all endpoints at once and return what came within the time; what is silent or talks nonsense adds nothing."""
+def scrape(addresses: Sequence[tuple[str, int]], names: Collection[str], *, limit_s: float) -> Figures:
+    """Ask all endpoints at once and return what came within the time; what is silent or talks nonsense adds nothing.
+
+    Args:
+        addresses: hosts and ports.
+        names: of the samples that are wanted.
+        limit_s: for all of it.
+    """
     answers: list[list[Sample]] = [[] for _ in addresses]
 
     def ask(place: int) -> None:
-        answers[place] = _parse(_get(*addresses[place], limit_s=limit_s))
+        answers[place] = _parse(_get(*addresses[place], limit_s=limit_s), names)
 
     # daemons: a name server that does not answer keeps one waiting beyond all limits
     threads = [threading.Thread(target=ask, args=(place,), daemon=True) for place in range(len(addresses))]
@@ -107,9 +119,11 @@ def _get(host: str, port: int, *, limit_s: float) -> bytes:
     return b""
 
 
-def _parse(body: bytes) -> list[Sample]:
+def _parse(body: bytes, names: Collection[str]) -> list[Sample]:
+    lines = (line for line in body.decode(errors="replace").split("\n") if len(line) <= _LONGEST_LINE)
+    wanted = islice((line for line in lines if re.split("[{ ]", line, maxsplit=1)[0] in names), _MOST_LINES)
     try:
-        families = list(text_string_to_metric_families(body.decode(errors="replace")))
-    except (ValueError, LookupError, TypeError, AttributeError):  # its parser meets nonsense with any of these
+        families = list(text_string_to_metric_families("\n".join(wanted)))
+    except (ValueError, LookupError):  # its parser meets nonsense with either
         return []
     return [Sample(each.name, each.labels, each.value) for family in families for each in family.samples]

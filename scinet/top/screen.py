@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -61,18 +61,18 @@ def _table(looks: Sequence[Look], width: int | None) -> Table:
     def wide(column: _Column) -> int:
         return max(cell_len(column.title), *(cell.cell_len for cell in cells[column.title])) + 2
 
-    shortest = min(wide(columns[0]), _SHORTEST_NAME + 2)
-    while width is not None and len(columns) > 2 and shortest + sum(map(wide, columns[1:])) > width:
-        columns.remove(max(columns[1:], key=lambda column: column.gives_way))
+    widths = {column.title: wide(column) for column in columns}
+    if width is not None:
+        shortest = min(widths["run"], _SHORTEST_NAME + 2)
+        while len(columns) > 2 and shortest + sum(widths[column.title] for column in columns[1:]) > width:
+            columns.remove(max(columns[1:], key=lambda column: column.gives_way))
+        left = width - sum(widths[column.title] for column in columns[1:])
+        widths["run"] = max(shortest, min(widths["run"], left))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
-        table.add_column(
-            column.title,
-            justify="left" if column.is_left else "right",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=None if column is columns[0] else wide(column) - 2,
-        )
+        justify: JustifyMethod = "left" if column.is_left else "right"
+        exact = widths[column.title] - 2
+        table.add_column(column.title, justify=justify, no_wrap=True, overflow="ellipsis", width=exact)
     for row in zip(*(cells[column.title] for column in columns), strict=True):
         table.add_row(*row)
     return table
@@ -96,14 +96,19 @@ def _ranks(look: Look) -> Table | None:
     shown = sorted(look.ranks, key=lambda rank: rank.is_up)[:_MOST_RANKS]
     for rank in sorted(shown, key=look.ranks.index):
         table.add_row(
-            printable(rank.rank, limit=_SHORTEST_NAME),
+            _safe(rank.rank, _SHORTEST_NAME),
             Text("up", style="green") if rank.is_up else Text("silent", style="bold red"),
-            _count(rank.steps),
-            _percent(rank.wait_share),
-            _bytes(rank.memory_bytes),
-            printable(rank.host, limit=_LONGEST_NAME),
+            Text(_count(rank.steps)),
+            Text(_percent(rank.wait_share)),
+            Text(_bytes(rank.memory_bytes)),
+            _safe(rank.host),
         )
     return table
+
+
+def _safe(name: str, limit: int = _LONGEST_NAME) -> Text:
+    """Return a stranger's word, which neither the terminal nor rich takes for more than that."""
+    return Text(printable(name, limit=limit))
 
 
 def _state(look: Look) -> Text:
@@ -163,15 +168,15 @@ def _bytes(value: float | None) -> str:
 
 
 _COLUMNS = (
-    _Column("run", lambda look: Text(printable(look.name, limit=_LONGEST_NAME)), is_left=True),
+    _Column("run", lambda look: _safe(look.name), is_left=True),
     _Column("state", _state, is_left=True),
-    _Column("step", _steps),
+    _Column("step", _steps, gives_way=1),
     _Column("", _bar, gives_way=9, is_left=True),
-    _Column("samples/s", lambda look: Text(_speed(look.samples_per_second)), gives_way=2),
-    _Column("loss", lambda look: Text(_UNKNOWN if look.loss is None else f"{look.loss:.4g}"), gives_way=3),
-    _Column("mAP/best", _maps, gives_way=4),
-    _Column("eta", lambda look: Text(_time(look.eta_s)), gives_way=5),
-    _Column("ranks", _ranks_up, gives_way=1),
-    _Column("memory", lambda look: Text(_bytes(look.memory_bytes)), gives_way=7),
-    _Column("wait", lambda look: Text(_percent(look.wait_share)), gives_way=6),
+    _Column("samples/s", lambda look: Text(_speed(look.samples_per_second)), gives_way=3),
+    _Column("loss", lambda look: Text(_UNKNOWN if look.loss is None else f"{look.loss:.4g}"), gives_way=4),
+    _Column("mAP/best", _maps, gives_way=5),
+    _Column("eta", lambda look: Text(_time(look.eta_s)), gives_way=6),
+    _Column("ranks", _ranks_up, gives_way=2),
+    _Column("memory", lambda look: Text(_bytes(look.memory_bytes)), gives_way=8),
+    _Column("wait", lambda look: Text(_percent(look.wait_share)), gives_way=7),
 )

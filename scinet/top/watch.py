@@ -10,12 +10,29 @@ from dataclasses import dataclass, field
 
 from scinet.options import Options
 from scinet.rundir import RunDirectory
-from scinet.top.rows import Rows, number
+from scinet.top.rows import LARGEST, Rows, number
 from scinet.top.scrape import Figures, scrape, targets
 
 _LIMIT_S = 1.0
 _RATE_WINDOW_S = 30.0
 _LOCK = "hhqqi4x"  # struct flock of 64-bit Linux
+_INFO = "scinet_run_info"
+_WORLD_SIZE = "scinet_world_size"
+_STEPS = "scinet_train_steps_total"
+_PLANNED_STEPS = "scinet_train_planned_steps"
+_SAMPLES = "scinet_train_samples_total"
+_RANK_UP = "scinet_rank_up"
+_RANK_STEPS = "scinet_rank_steps_total"
+_RESIDENT = "scinet_process_resident_memory_bytes"
+_ON_GPU = "scinet_gpu_memory_allocated_bytes"
+_WAITED = "scinet_data_wait_seconds_sum"
+_TOOK = "scinet_step_duration_seconds_sum"
+_NAMES = frozenset(
+    (
+        *(_INFO, _WORLD_SIZE, _STEPS, _PLANNED_STEPS, _SAMPLES),
+        *(_RANK_UP, _RANK_STEPS, _RESIDENT, _ON_GPU, _WAITED, _TOOK),
+    )
+)
 
 
 class State(enum.Enum):
@@ -80,7 +97,12 @@ class Watch:
 
     def __init__(self, run: RunDirectory, options: Options) -> None:
         """Take the run; nothing in its directory is ever changed or locked."""
-        self._run, self._options = run, options
+        self._run, self._name, train = run, options.name, options.train
+        self._hang_s = train.hang_timeout_s
+        self._batch, self._epochs, self._max_steps, self._epochs_a_judgement = (
+            min(LARGEST, value)
+            for value in (train.global_batch_size, train.epochs, train.max_steps, train.evaluate_every_epochs)
+        )
         self._rows = Rows(run.metrics)
         self._past: list[Figures] = []
         self._moved_at, self._moved_to = 0.0, -1
@@ -92,14 +114,15 @@ class Watch:
         self._past = [each for each in self._past if figures.at_s - each.at_s < _RATE_WINDOW_S]
         self._past = [*self._past, figures] if figures else []
         row, rows = self._rows.training, self._rows
-        live_step = figures.value("scinet_train_steps_total")
+        live_step = figures.value(_STEPS)
         step = rows.step if live_step is None else int(live_step)
         total = self._total_steps(figures)
         state = self._state(figures, step, total)
-        speed = (self._speed() or number(row, "samples_per_second")) if state is not State.starting else None
+        speed = self._speed() or number(row, "samples_per_second")
+        speed = speed if speed is not None and speed > 0 else None
         eta_s = None
         if speed and total is not None and state in (State.training, State.evaluating):
-            eta_s = max(0, total - step) * self._options.train.global_batch_size / speed
+            eta_s = max(0, total - step) * self._batch / speed
         last, best = number(rows.holdout, "holdout_map"), rows.best_map
         return Look(
             name=self._run.path.name,
@@ -111,7 +134,7 @@ class Watch:
             last_map=last,
             best_map=best,
             eta_s=eta_s,
-            num_ranks=_whole(figures.value("scinet_world_size")),
+            num_ranks=_whole(figures.value(_WORLD_SIZE)),
             wait_share=number(row, "data_wait_share"),
             parts={name[5:]: value for name in row if name[:5] == "loss/" and (value := number(row, name)) is not None},
             ranks=_ranks(figures),
@@ -119,21 +142,25 @@ class Watch:
 
     def _ask(self) -> Figures:
         """Return what its endpoints say, unless another run has come by the port of one that was killed."""
-        figures = scrape(targets(self._run.targets), limit_s=_LIMIT_S)
-        is_another = figures.labels("scinet_run_info").get("run", self._options.name) != self._options.name
+        figures = scrape(targets(self._run.targets), _NAMES, limit_s=_LIMIT_S)
+        is_another = figures.labels(_INFO).get("run", self._name) != self._name
         return Figures([], figures.at_s) if is_another else figures
 
     def _total_steps(self, figures: Figures) -> int | None:
         """Return the steps that are planned, or what the epochs so far and the configuration say about it."""
-        planned = figures.value("scinet_train_planned_steps")
+        planned = figures.value(_PLANNED_STEPS)
         if planned is not None:
             return int(planned)
-        train = self._options.train
+        steps_per_epoch = self._steps_per_epoch()
+        if steps_per_epoch is None:
+            return self._max_steps or None
+        by_epochs = round(steps_per_epoch * self._epochs)
+        return min(self._max_steps or by_epochs, by_epochs)
+
+    def _steps_per_epoch(self) -> float | None:
+        """Return what the last evaluation says about it, or None before the first."""
         step, epoch = number(self._rows.holdout, "step"), number(self._rows.holdout, "epoch")
-        if step and epoch is not None and epoch >= 0:
-            by_epochs = round(step / (epoch + 1)) * train.epochs
-            return min(train.max_steps or by_epochs, by_epochs)
-        return train.max_steps or None
+        return step / (epoch + 1) if step and epoch is not None and epoch >= 0 else None
 
     def _state(self, figures: Figures, step: int, total: int | None) -> State:
         if self._run.evaluation.is_file():
@@ -148,20 +175,15 @@ class Watch:
             return State.starting
         if total is not None and self._is_between_epochs(step, total):
             return State.evaluating
-        is_late = time.time() - max(self._moved_at, self._rows.changed_at) > self._options.train.hang_timeout_s
+        is_late = time.time() - max(self._moved_at, self._rows.changed_at) > self._hang_s
         return State.stalled if is_late else State.training
 
     def _is_between_epochs(self, step: int, total: int) -> bool:
         """Whether an evaluation is due: at the end of an epoch that has no row of it yet, or after all steps."""
-        train = self._options.train
         if step >= total:
             return True
-        if train.max_steps:
-            judged, epoch = number(self._rows.holdout, "step"), number(self._rows.holdout, "epoch")
-            steps_per_epoch = judged / (epoch + 1) if judged and epoch is not None and epoch >= 0 else 0
-        else:
-            steps_per_epoch = total / train.epochs
-        every = steps_per_epoch * train.evaluate_every_epochs
+        steps_per_epoch = self._steps_per_epoch() if self._max_steps else total / self._epochs
+        every = (steps_per_epoch or 0) * self._epochs_a_judgement
         return bool(every) and step % every == 0 and number(self._rows.holdout, "step") != step
 
     def _speed(self) -> float | None:
@@ -169,23 +191,23 @@ class Watch:
         if len(self._past) < 2:
             return None
         old, new = self._past[0], self._past[-1]
-        before, after = (each.value("scinet_train_samples_total") for each in (old, new))
+        before, after = (each.value(_SAMPLES) for each in (old, new))
         if before is None or after is None or after <= before:
             return None
         return (after - before) / (new.at_s - old.at_s)
 
 
 def _ranks(figures: Figures) -> list[RankLook]:
-    up = figures.by("scinet_rank_up", "rank")
-    steps = figures.by("scinet_rank_steps_total", "rank")
-    resident = figures.by("scinet_process_resident_memory_bytes", "rank")
-    memory = {**resident, **figures.by("scinet_gpu_memory_allocated_bytes", "rank")}
-    waited, took = (figures.by(f"scinet_{what}_seconds_sum", "rank") for what in ("data_wait", "step_duration"))
+    up = figures.by(_RANK_UP, "rank")
+    steps = figures.by(_RANK_STEPS, "rank")
+    resident = figures.by(_RESIDENT, "rank")
+    memory = {**resident, **figures.by(_ON_GPU, "rank")}
+    waited, took = figures.by(_WAITED, "rank"), figures.by(_TOOK, "rank")
     return [
         RankLook(
             rank=rank,
             is_up=up[rank] == 1,
-            host=figures.labels("scinet_rank_up", rank=rank).get("host", ""),
+            host=figures.labels(_RANK_UP, rank=rank).get("host", ""),
             steps=steps.get(rank),
             memory_bytes=memory.get(rank),
             wait_share=waited[rank] / took[rank] if took.get(rank) and rank in waited else None,
@@ -196,6 +218,8 @@ def _ranks(figures: Figures) -> list[RankLook]:
 
 def _is_locked(run: RunDirectory) -> bool:
     """Whether a process writes the run: asks for the lock's owner, since taking the lock could turn a start away."""
+    if not run.lock.is_file():  # a pipe would never open
+        return False
     try:
         with run.lock.open("rb") as file:
             asked = struct.pack(_LOCK, fcntl.F_RDLCK, 0, 0, 0, 0)
