@@ -162,6 +162,29 @@ def ranks(
 
 
 @app.command()
+def scrape(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    ranks: Annotated[str, typer.Option(help="Ranks whose lines the text has, separated by commas.")] = "1,64",
+    rate: Annotated[float, typer.Option(min=0.1, help="Scrapes a second.")] = 100.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a turn.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns with a client, and without one.")] = 15,
+    threads: Threads = None,
+) -> None:
+    """Measure what a scrape costs the training: scinet bench scrape --config configs/quickstart.yaml --threads 1."""
+    from scinet import config as configuration
+
+    options = configuration.load(config, overrides or [])
+    numbers = _numbers("--ranks", ranks, 1)
+
+    from scinet import scrapebench
+
+    _device(None, threads)
+    setting = scrapebench.Setting(repeats, steps, rate, tuple(numbers))
+    print(scrapebench.report(options, setting, _say), end="")
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/coco2014.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,

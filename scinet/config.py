@@ -12,7 +12,6 @@ import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -252,7 +251,8 @@ def _relations(options: Options) -> Iterator[str]:
 
 
 def _telemetry_relations(telemetry: TelemetryOptions) -> Iterator[str]:
-    if telemetry.prometheus is Prometheus.push and urlsplit(telemetry.push_gateway).scheme not in ("http", "https"):
+    has_gateway = telemetry.push_gateway.startswith(("http://", "https://"))
+    if telemetry.prometheus is Prometheus.push and not has_gateway:
         yield (
             f"'telemetry.prometheus=push' needs 'telemetry.push_gateway', a URL such as http://127.0.0.1:9091, found "
             f"{telemetry.push_gateway!r}"

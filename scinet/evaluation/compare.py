@@ -20,7 +20,7 @@ from typing import Any
 
 from scinet import config
 from scinet.errors import ConfigError, nearest
-from scinet.options import FusionOptions, Method, Options
+from scinet.options import FusionOptions, Method, Options, TelemetryOptions
 from scinet.rundir import write_text
 from scinet.telemetry import MetricsLog, Silence, Voice
 
@@ -165,8 +165,8 @@ def run_cell(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def _neutral(options: Options) -> Options:
-    """Return the options without what cannot change a result: names, and the fusion of a baseline, which has none."""
-    neutral = dataclasses.replace(options, name="cell", output="runs", baseline="")
+    """Return the options without what cannot change a result: names, telemetry, a baseline's fusion, which it lacks."""
+    neutral = dataclasses.replace(options, name="cell", output="runs", baseline="", telemetry=TelemetryOptions())
     return neutral if options.method is Method.scinet else dataclasses.replace(neutral, fusion=FusionOptions())
 
 

@@ -74,20 +74,21 @@ class Endpoint:
 
     def close(self) -> None:
         """Stop listening, also where another process has inherited the socket, and let go of all clients."""
-        self._waker.close()
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")  # closing it would wake nobody while a loader process holds it too
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_LONGEST_S)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self.forget()
-        for client in self._clients.values():
+        for client in list(self._clients.values()):
             client.socket.close()
-        self._woken.close()
 
     def forget(self) -> None:
-        """Let go of the socket in this process."""
+        """Let go of the sockets in this process that it shares with those it has started."""
         _listening.discard(self)
-        self._listener.close()
+        for shared in (self._listener, self._waker, self._woken):
+            shared.close()
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector:

@@ -6,25 +6,36 @@ by a count that its note carries on.
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from scinet.distributed import Ranks
-from scinet.notes import Notes
 from scinet.telemetry.exposition import merged, render
 
 _GRACE_S = 5.0
 _MISSED = 3
 
 _log = logging.getLogger(__name__)
+
+
+class Board(Protocol):
+    """Where ranks leave notes for each other, as :class:`scinet.notes.Notes` does; nobody waits long."""
+
+    def put(self, key: str, text: str) -> None:
+        """Leave a text."""
+        ...
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, str]:
+        """Return the texts there are."""
+        ...
 
 
 @dataclass
@@ -37,6 +48,11 @@ class _Sign:
     heard_at: float
 
 
+def note(count: int, host: str, text: str) -> str:
+    """Return what a rank leaves: a count that grows with each note, where it runs, and its figures."""
+    return f"{count}\n{host}\n{text}"
+
+
 class Exchange:
     """This rank's part: tells its figures, and on rank 0 makes one text of all."""
 
@@ -44,7 +60,7 @@ class Exchange:
         self,
         registry: CollectorRegistry,
         ranks: Ranks,
-        notes: Notes,
+        notes: Board,
         publish: Callable[[str], None],
         *,
         refresh_s: float,
@@ -62,14 +78,14 @@ class Exchange:
         """
         self._registry, self._ranks, self._notes, self._publish = registry, ranks, notes, publish
         self._refresh_s, self._shares = refresh_s, shares
-        self._count = 0
+        self.count = 0
         now = time.monotonic()
         self._signs = {rank: _Sign(0, "", now, time.time()) for rank in range(ranks.world_size)}
         self._others: dict[int, str] = {}
         self._has_failed = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
-        self._publish(self._text())
+        self._try(lambda: publish(self._text()))
 
     def start(self) -> None:
         """Begin to exchange."""
@@ -80,44 +96,47 @@ class Exchange:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._publish(self._text())
+        self._try(lambda: self._publish(self._text()))
 
     def _run(self) -> None:
         while True:
-            try:
-                self._refresh()
-            except Exception as error:  # a mistake here is ours, and no reason to end a training
-                if not self._has_failed:
-                    _log.warning("the figures for Prometheus are not refreshed: %s: %s", type(error).__name__, error)
-                self._has_failed = True
+            self._try(self.refresh)
             if self._ended.wait(self._refresh_s):
                 return
 
-    def _refresh(self) -> None:
-        self._count += 1
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # a mistake here is ours, and no reason to end a training
+            if not self._has_failed:
+                _log.warning("the figures for Prometheus are not refreshed: %s: %s", type(error).__name__, error)
+            self._has_failed = True
+
+    def refresh(self) -> None:
+        """Tell this rank's figures, and on rank 0 take the others'."""
+        self.count += 1
         if self._ranks.is_first:
             self._hear()
             self._publish(self._text())
             return
         own = self._text()
-        note = [self._count, platform.node(), own if self._shares else ""]
-        self._notes.put(str(self._ranks.rank), json.dumps(note))
+        self._notes.put(str(self._ranks.rank), note(self.count, platform.node(), own if self._shares else ""))
         self._publish(own)
 
     def _hear(self) -> None:
         """Take what the other ranks have left."""
         notes = self._notes.get_many([str(rank) for rank in range(1, self._ranks.world_size)])
-        for rank, note in ((int(key), note) for key, note in notes.items()):
-            count, host, text = json.loads(note)
-            if count != self._signs[rank].count:
-                self._signs[rank] = _Sign(count, host, time.monotonic(), time.time())
+        for rank, told in ((int(key), told) for key, told in notes.items()):
+            count, host, text = told.split("\n", 2)
+            if int(count) != self._signs[rank].count:
+                self._signs[rank] = _Sign(int(count), host, time.monotonic(), time.time())
                 self._others[rank] = text
 
     def _text(self) -> str:
         own = render(self._registry.collect())
         if not self._ranks.is_first:
             return own
-        self._signs[0] = _Sign(self._count, platform.node(), time.monotonic(), time.time())
+        self._signs[0] = _Sign(self.count, platform.node(), time.monotonic(), time.time())
         return merged([own, *(self._others[rank] for rank in sorted(self._others)), render(self._lives())])
 
     def _lives(self) -> Iterator[Metric]:

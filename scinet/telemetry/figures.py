@@ -6,14 +6,13 @@ Names follow Prometheus' conventions, and the labels `run`, `job` and `instance`
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from prometheus_client import CollectorRegistry, Histogram, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -53,6 +52,7 @@ class Figures(Observer):
         """Begin with nothing observed."""
         self.registry = CollectorRegistry()
         self._ranks, self._rank, self._steps = ranks, str(ranks.rank), 0
+        self._process = psutil.Process()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, ["rank"], buckets=buckets, registry=self.registry).labels(self._rank)
@@ -84,7 +84,7 @@ class Figures(Observer):
         tried = "Attempts of a rank to read a source again, since it was started"
         yield _counter("scinet_data_retries_total", tried, retries.total(), own)
         resident = "Resident memory of a rank's process, without its loader processes"
-        yield _gauge("scinet_process_resident_memory_bytes", resident, _resident_bytes(), own)
+        yield _gauge("scinet_process_resident_memory_bytes", resident, self._process.memory_info().rss, own)
         if self._ranks.device.type == "cuda":
             allocated = "Memory of its GPU that a rank's tensors take"
             held = torch.cuda.memory_allocated(self._ranks.device)
@@ -93,6 +93,8 @@ class Figures(Observer):
 
 class RunFigures(Figures):
     """Those of rank 0, and of the whole run; a sink of its rows."""
+
+    name = "Prometheus"
 
     def __init__(self, options: Options, ranks: Ranks) -> None:
         """Begin with what is known before the first step."""
@@ -152,7 +154,7 @@ class RunFigures(Figures):
             self._row = {name: value for name, value in row.items() if value is not None}
             self._pseudo_labels += self._row.get("pseudo_positives", 0)
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         """Keep what was taken."""
 
     def collect(self) -> Iterator[Metric]:
@@ -228,8 +230,3 @@ def _single(family: Any, value: float, labels: dict[str, str] | None) -> Metric:
     family.add_metric([label.encode("utf-8", "replace").decode() for label in (labels or {}).values()], value)
     found: Metric = family
     return found
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -8,6 +8,8 @@ import threading
 import urllib.request
 from urllib.parse import quote
 
+from scinet.data import transports
+
 _LONGEST_S = 5.0
 
 _log = logging.getLogger(__name__)
@@ -38,21 +40,22 @@ class Pusher:
         """Begin to push."""
         self._thread.start()
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         """Push once more, if the gateway answers in time."""
         self._ended.set()
         if self._thread.is_alive():
-            self._thread.join(2 * _LONGEST_S)
+            self._thread.join(patience_s)
 
     def _run(self) -> None:
         is_over = False
         while not is_over:
             is_over = self._ended.wait(self._refresh_s)
-            request = urllib.request.Request(self._url, self._text.encode(), method="PUT")
             try:
+                request = urllib.request.Request(self._url, self._text.encode(), method="PUT")
                 with urllib.request.urlopen(request, timeout=_LONGEST_S):
                     pass
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if not self._has_failed:
-                    _log.warning("figures are not pushed to %s (%s): it is tried again", self._url, error)
+                    shown = transports.shown(self._url)
+                    _log.warning("figures are not pushed to %s (%s): it is tried again", shown, error)
                 self._has_failed = True

@@ -24,10 +24,15 @@ class Rows(Protocol):
 
 
 class Sink(Rows, Protocol):
-    """One that is closed at the run's end."""
+    """One that has a name for messages, and is closed at the run's end."""
 
-    def close(self) -> None:
-        """Write what is left; no row comes after it."""
+    @property
+    def name(self) -> str:
+        """What a user calls it."""
+        ...
+
+    def close(self, patience_s: float) -> None:
+        """Write what is left, within a time; no row comes after it."""
         ...
 
 
@@ -47,27 +52,23 @@ class Fan:
         """Hand on one row."""
         self._log.write(row)
         for sink in list(self._sinks):
-            if not _works(lambda sink=sink: sink.write(self._log.rows[-1]), sink):  # type: ignore[misc]
+            if not _works(lambda sink=sink: sink.write(self._log.rows[-1]), sink.name):  # type: ignore[misc]
                 self._sinks.remove(sink)
 
-    def close(self) -> None:
-        """Close the sinks."""
+    def close(self, patience_s: float) -> None:
+        """Close the sinks, each within a time."""
         for sink in self._sinks:
-            _works(sink.close, sink)
+            _works(lambda sink=sink: sink.close(patience_s), sink.name)  # type: ignore[misc]
 
 
 class Background:
     """A sink that may wait for a network: it works in a thread of its own, and the training goes on."""
 
-    def __init__(self, make: Callable[[], Sink], *, patience_s: float) -> None:
-        """Begin to make it.
-
-        Args:
-            make: returns the sink.
-            patience_s: longest wait for it at the end.
-        """
-        self._make, self._patience_s = make, patience_s
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        """Begin to make the sink of this name."""
+        self.name, self._make = name, make
         self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._patience_s = 0.0
         self._thread = threading.Thread(target=self._run, name="sink", daemon=True)
         self._thread.start()
 
@@ -76,30 +77,34 @@ class Background:
         if self._thread.is_alive():
             self._waiting.put(row)
 
-    def close(self) -> None:
-        """Wait until the rows are written, or patience ends."""
+    def close(self, patience_s: float) -> None:
+        """Wait until the rows are written, or patience ends.
+
+        Raises:
+            TimeoutError: if it does.
+        """
+        self._patience_s = patience_s
         self._waiting.put(None)
-        self._thread.join(self._patience_s)
+        self._thread.join(patience_s)
         if self._thread.is_alive():
-            raise TimeoutError(f"the last rows are not taken within {self._patience_s:g} s")
+            raise TimeoutError(f"the last rows are not taken within {patience_s:g} s")
 
     def _run(self) -> None:
         made: list[Sink] = []
-        if not _works(lambda: made.append(self._make()), self._make):
+        if not _works(lambda: made.append(self._make()), self.name):
             return
         while (row := self._waiting.get()) is not None:
-            if not _works(lambda row=row: made[0].write(row), made[0]):  # type: ignore[misc]
+            if not _works(lambda row=row: made[0].write(row), self.name):  # type: ignore[misc]
                 return
-        _works(made[0].close, made[0])
+        _works(lambda: made[0].close(self._patience_s), self.name)
 
 
-def _works(work: Callable[[], None], whose: object) -> bool:
+def _works(work: Callable[[], None], name: str) -> bool:
     """Do a sink's work and return whether it went well; a warning says if not."""
     try:
         work()
     except Exception as error:  # whatever another project's writer raises, the run goes on
         reason = " ".join(str(error).split()) or type(error).__name__
-        name = getattr(whose, "__name__", type(whose).__name__)
         _log.warning("%s gets no more rows (%s): metrics.jsonl has them all", name, reason)
         return False
     return True

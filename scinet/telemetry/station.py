@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ from scinet.telemetry.tensorboard import TensorBoard
 from scinet.telemetry.weights_and_biases import WeightsAndBiases
 
 _MOST_PORT = 65535
-_PATIENCE_S = 20.0  # W&B gives up its upload before
+_PATIENCE_S = 20.0
+_HURRY_S = 2.0  # of a run that fails: the other ranks wait to be told
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class Station(contextlib.AbstractContextManager["Station"]):
         problem = (weights_and_biases.missing() if wants_wandb else "") or self._listen()
         problems = [found for found in gather_objects([problem], ranks) if found]
         if problems:
-            self.close()
+            self._close(_HURRY_S)
             raise ConfigError(problems[0])
 
     def _listen(self) -> str:
@@ -69,9 +71,8 @@ class Station(contextlib.AbstractContextManager["Station"]):
         try:
             self._endpoint = Endpoint(telemetry.host, port)
         except (OSError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             return (
-                f"rank {ranks.rank} cannot listen on telemetry.host={telemetry.host}, port {port} ({reason}; "
+                f"rank {ranks.rank} cannot listen on telemetry.host={telemetry.host}, port {port} ({_reason(error)}; "
                 f"telemetry.port={telemetry.port}): {remedy}, or telemetry.prometheus=off"
             )
         return ""
@@ -97,11 +98,8 @@ class Station(contextlib.AbstractContextManager["Station"]):
         if options.telemetry.tensorboard:
             self.rows.add(TensorBoard(directory.tensorboard, standing.steps))
         if options.telemetry.wandb:
-
-            def weights_and_biases_run() -> WeightsAndBiases:
-                return WeightsAndBiases(options, directory, num_told)
-
-            self.rows.add(Background(weights_and_biases_run, patience_s=_PATIENCE_S))
+            make = functools.partial(WeightsAndBiases, options, directory, num_told)
+            self.rows.add(Background(WeightsAndBiases.name, make))
 
     def _begin_exchange(self, figures: Figures) -> Exchange:
         telemetry, ranks = self._options.telemetry, self._ranks
@@ -143,21 +141,27 @@ class Station(contextlib.AbstractContextManager["Station"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End it all; of a run that failed Prometheus is to find that it is down."""
-        self.close(has_failed=error is not None and not isinstance(error, Preempted | KeyboardInterrupt))
+        """Tell the last figures, stop listening and close the sinks; one that failed is left for Prometheus to miss."""
+        if self._ranks.is_first and (error is None or isinstance(error, Preempted | KeyboardInterrupt)):
+            with contextlib.suppress(OSError):
+                self._directory.targets.unlink()
+        self._close(_PATIENCE_S if kind is None else _HURRY_S)
 
-    def close(self, *, has_failed: bool = False) -> None:
-        """Tell the last figures, stop listening, and close the sinks."""
+    def _close(self, patience_s: float) -> None:
         if self._exchange:
             self._exchange.close()
         if self._endpoint:
             self._endpoint.close()
         if self._pusher:
-            self._pusher.close()
-        if self._ranks.is_first and not has_failed:
-            with contextlib.suppress(OSError):
-                self._directory.targets.unlink()
-        self.rows.close()
+            self._pusher.close(patience_s)
+        self.rows.close(patience_s)
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Return the system's words for why it cannot listen, without Python's."""
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _figures(mode: Prometheus, options: Options, ranks: Ranks) -> Observer:

@@ -25,6 +25,8 @@ class TensorBoard:
     tensorboardX's own writer hands events to a thread through a short queue, which a full disk would fill for good.
     """
 
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, step: int) -> None:
         """Begin a file; events after ``step`` that are there already belong to steps that are taken again."""
         host = platform.node()
@@ -49,7 +51,7 @@ class TensorBoard:
                 _log.warning("%s cannot be written (%s): its rows wait in memory", self._path, error.strerror)
             self._has_failed = True
 
-    def close(self) -> None:
+    def close(self, patience_s: float) -> None:
         """Nothing is left to write."""
 
     def _add(self, event: Event) -> None:

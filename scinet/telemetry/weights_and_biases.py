@@ -15,7 +15,7 @@ from scinet.options import Options, WandbMode
 from scinet.rundir import RunDirectory
 
 PROJECT = "scinet"
-_LONGEST_START_S, _LONGEST_END_S = 60.0, 15.0
+_LONGEST_START_S, _LONGEST_END_S = 60.0, 15.0  # of its own patience with the network
 
 
 def _package() -> Any:
@@ -35,6 +35,8 @@ def missing() -> str:
 
 class WeightsAndBiases:
     """One run there; its rows' steps only grow."""
+
+    name = "Weights & Biases"
 
     def __init__(self, options: Options, directory: RunDirectory, num_told: int) -> None:
         """Begin the run, or go on with it; may wait for the network.
@@ -75,8 +77,8 @@ class WeightsAndBiases:
             return
         self._run.log({name: value for name, value in row.items() if value is not None}, step=row["step"])
 
-    def close(self) -> None:
-        """End the run there; online, until it is uploaded or its time is over; `wandb sync` uploads the rest."""
+    def close(self, patience_s: float) -> None:
+        """End the run there; `wandb sync` uploads what the package itself gives up."""
         self._run.finish()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scinet import config
 from scinet.errors import ConfigError
-from scinet.options import BiDominant, Combine, Memory, Options, Profile
+from scinet.options import BiDominant, Combine, Memory, Options, Profile, Prometheus
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = settings(deadline=None, max_examples=25)
@@ -83,6 +83,9 @@ def test_unknown_key_names_the_file_when_it_stands_in_one(tmp_path: Path, text: 
         ("deepspeed=3", "a section"),
         ("method=sciner", "scinet"),
         ("fusion.combine=3", "evidence, linear"),
+        ("telemetry.prometheus=every_rnk", "did you mean 'every_rank'?"),
+        ("telemetry.prometheus=on", "first_rank, every_rank, push, off"),
+        ("telemetry.wandb_mode=ofline", "did you mean 'offline'?"),
         ("train.epochs=", "a whole number"),
         ("data=3", "section"),
         ("name.first=3", "one value"),
@@ -104,6 +107,8 @@ def test_value_is_refused_when_of_the_wrong_type(override: str, expected: str) -
         ("fusion.bandwidth_value=0", "at least 0.001"),
         ("model.image_size=16", "from 32 to 1024"),
         ("optimizer.weight_decay=.nan", "at least 0"),
+        ("telemetry.port=70000", "from 0 to 65535"),
+        ("telemetry.refresh_s=0", "from 0.1 to 3600"),
     ],
 )
 def test_value_is_refused_when_out_of_range(override: str, bounds: str) -> None:
@@ -115,6 +120,26 @@ def test_value_is_refused_when_out_of_range(override: str, bounds: str) -> None:
 @pytest.mark.parametrize("override", ["data.known_ratio=0", "data.known_ratio=1", "fusion.bank_size=0", "seed=0"])
 def test_value_is_taken_when_it_lies_on_the_bound(override: str) -> None:
     config.load(None, [override])
+
+
+@pytest.mark.parametrize(
+    "overrides", [("=push",), ("=push", "push_gateway=localhost:9091"), ("=push", "push_gateway=ftp://x")]
+)
+def test_push_is_refused_when_it_is_not_said_where_to(overrides: tuple[str, ...]) -> None:
+    words = [f"telemetry.{word}".replace(".=", ".prometheus=") for word in overrides]
+    assert "needs 'telemetry.push_gateway', a URL such as http://127.0.0.1:9091" in _refusal(None, *words)
+
+
+def test_address_is_asked_for_when_it_is_empty() -> None:
+    assert "'telemetry.host' is empty" in _refusal(None, "telemetry.host=")
+
+
+def test_off_is_a_choice_where_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    path = _file(tmp_path, "telemetry:\n  prometheus: off")
+    for options in (config.load(path), config.load(None, ["telemetry.prometheus=off"])):
+        assert options.telemetry.prometheus is Prometheus.off
+        again = _file(tmp_path, config.to_yaml(options), "again.yaml")
+        assert config.load(again) == options
 
 
 @pytest.mark.parametrize("override", ["epochs", "=3", "--epochs", ""])

@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from scinet import notes
+from scinet.distributed import Ranks
 
 
 @pytest.fixture
@@ -60,3 +62,16 @@ def test_questions_of_several_threads_are_all_answered(line: notes._Line, monkey
     for thread in threads:
         thread.join()
     assert sorted(got) == sorted([0, 1, 2, 3] * 50)
+
+
+def test_texts_are_read_together_and_those_that_are_not_there_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch._C._distributed_c10d.HashStore()
+    monkeypatch.setattr(notes.dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(notes.dist, "is_initialized", lambda: True)
+    board = notes.Notes(Ranks(0, 3, torch.device("cpu")))
+    assert board.get_many(["0", "1"]) == {}
+    board.put("1", "é\n")
+    assert board.get_many(["0", "1", "2"]) == {"1": "é\n"}
+    board.put("0", "")
+    assert board.get_many(["0", "1"]) == {"0": "", "1": "é\n"}
+    assert board.get_many([]) == {}

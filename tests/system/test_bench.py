@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,3 +195,22 @@ def test_bench_ranks_prints_measured_and_planned_steps_of_every_stage(launch: An
     assert header[3:] == [f"ZeRO {stage} (planned)" for stage in range(4)]
     assert row[0] == "2"
     assert row[2].endswith(" us")
+
+
+@pytest.mark.slow
+def test_bench_scrape_prints_the_cost_of_a_scrape_for_each_number_of_ranks(
+    scinet: Any, on_features: tuple[str, ...]
+) -> None:
+    words = ("--config", ROOT / "configs/quickstart.yaml", *on_features, "train.global_batch_size=16")
+    how = ("--ranks", "1,3", "--steps", 2, "--repeats", 2, "--threads", 1)
+    result = scinet("bench", "scrape", *words, "telemetry.refresh_s=0.1", *how)
+    assert result.status == 0, result.err
+    header, _, *lines = _table(result.out)
+    assert header[:2] == ["compared", "figure"]
+    assert [re.sub(r" \(.*", "", line[0].partition(", ")[0]) for line in lines] == 2 * [
+        "training time of a scrape",
+        "processor time of serving one",
+        "processor time of a refresh",
+    ]
+    assert all(float(line[1]) > 0 for line in lines if line[0].startswith("processor"))
+    assert all(re.search(r"[1-9]\d* scrapes\)", line[0]) for line in lines if line[0].startswith("training"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from scinet.data import retries
 from scinet.data.examples import Example
 from scinet.data.loading import loaded, num_waiting
 from scinet.data.views import Box, Drawn
@@ -93,3 +94,20 @@ def test_two_batches_are_read_ahead_while_the_model_computes(workers: int, batch
     # those of the first turn were handed over, so as many more were asked for
     assert waiting <= taken.value <= waiting * 2
     items.close()  # type: ignore[attr-defined]
+
+
+class _Retrying(_Numbers):
+    """Tries again before each number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in super().__iter__():
+            retries.add()
+            yield number
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_retries_are_counted_once_wherever_they_happen(workers: int) -> None:
+    retries.add(1000)  # of another epoch, known to a process that begins now
+    before = retries.total()
+    assert len(list(loaded(_Retrying(49), workers=workers, batch_size=8))) == 49
+    assert retries.total() - before == 49

@@ -17,7 +17,7 @@ import fsspec
 import pytest
 from torch.utils.data import DataLoader
 
-from scinet.data import shardcache, sources, transports
+from scinet.data import retries, shardcache, sources, transports
 from scinet.data.card import CARD_NAME, DataCard
 from scinet.data.stream import BadSample, Order, SampleStream
 from scinet.errors import ConfigError, DataError
@@ -102,7 +102,9 @@ def test_stream_goes_on_at_its_byte_when_the_connection_drops(
 ) -> None:
     server = serve(has_range=has_range)
     server.faults[SHARD] = [(fault, 3000), (fault, 2500 if has_range else 5000)]
+    before = retries.total()
     assert _read(server.url) == _all_ids()
+    assert retries.total() - before == 2
     assert server.asked(SHARD) == [0, 3000, 5500 if has_range else 5000]
 
 
