@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -157,6 +158,12 @@ def test_shipped_configuration_and_rules_pass_promtool() -> None:
     ):
         done = promtool(*words)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_script_that_installs_the_servers_is_clean_by_shellcheck() -> None:
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, ROOT / ".ci" / "services"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_alert_has_a_severity_and_says_what_to_do() -> None:
