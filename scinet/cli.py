@@ -86,7 +86,7 @@ def show(run: Annotated[Path, typer.Option("--run", help="A finished run's direc
 @app.command()
 def top(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories.")] = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
 ) -> None:
     """Watch runs, all of runs/ unless named; q ends it: scinet top runs/quickstart."""

@@ -9,8 +9,10 @@ import sys
 import termios
 import time
 import tty
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -92,6 +94,11 @@ class _Board:
         others = self._find()
         with ThreadPoolExecutor(_RUNS_AT_ONCE) as pool:
             looks = list(pool.map(Watch.look, self._watches.values()))
+        names = Counter(look.name for look in looks)
+        looks = [
+            replace(look, name="/".join(path.absolute().parts[-2:])) if names[look.name] > 1 else look
+            for path, look in zip(self._watches, looks, strict=True)
+        ]
         return sorted(looks, key=lambda look: not look.state.is_alive), others
 
 

@@ -85,6 +85,12 @@ def test_all_runs_under_runs_are_shown_when_none_is_named(  # type: ignore[no-un
     assert [line.split()[0] for line in out.splitlines()[2:]] == ["one", "two"]
 
 
+def test_runs_of_the_same_name_are_shown_with_their_folders(top, run: RunDirectory, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    other = begun(tmp_path / "b", "one")
+    _, out, _ = top(run.path, other.path)
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == ["runs/one", "b/one"]
+
+
 def test_run_is_shown_before_it_has_a_configuration(top, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     early = RunDirectory(tmp_path / "early")
     early.checkpoints.mkdir(parents=True)
@@ -106,7 +112,7 @@ def test_mistakes_are_said_in_a_sentence(top, run: RunDirectory, monkeypatch: py
     status, _, err = top(run.path)
     assert status == 2
     assert "did you mean 'train.epochs'?" in err
-    assert top("--interval", 0)[0] == 2
+    assert [top("--interval", value)[0] for value in (0, "inf", "soon")] == [2, 2, 2]
 
 
 def test_what_strangers_write_is_shown_without_obeying_it(top, run: RunDirectory, serve: Serve) -> None:  # type: ignore[no-untyped-def]
