@@ -38,6 +38,12 @@ class _Client:
     asked: bytearray = field(default_factory=bytearray)
     answer: memoryview | None = None
 
+    def hang_up(self) -> None:
+        """End it, also where a loader process has inherited it; what was sent still arrives."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
 
 class Endpoint:
     """Serves one text."""
@@ -82,7 +88,7 @@ class Endpoint:
             self._listener.shutdown(socket.SHUT_RDWR)
         self.forget()
         for client in list(self._clients.values()):
-            client.socket.close()
+            client.hang_up()
 
     def forget(self) -> None:
         """Let go of the sockets in this process that it shares with those it has started."""
@@ -137,7 +143,6 @@ class Endpoint:
                 selector.modify(client.socket, selectors.EVENT_WRITE)
             client.answer = client.answer[client.socket.send(client.answer) :]
             if not client.answer:
-                client.socket.shutdown(socket.SHUT_WR)
                 self._drop(client, selector)
         except BlockingIOError:
             return
@@ -147,7 +152,7 @@ class Endpoint:
     def _drop(self, client: _Client, selector: selectors.BaseSelector) -> None:
         selector.unregister(client.socket)
         del self._clients[client.socket.fileno()]
-        client.socket.close()
+        client.hang_up()
 
     def _answer(self, asked: bytes) -> bytes:
         words = asked.partition(b"\n")[0].decode("latin-1").split()
