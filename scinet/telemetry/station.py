@@ -81,6 +81,7 @@ class Station(contextlib.AbstractContextManager["Station"]):
         """Go on from where the run stands: drop the rows after it, tell figures and rows from now on. Collective."""
         num_rows = len(self.log.rows)
         self.log.rewind(standing.steps)
+        self._withdraw()  # what it left behind when it was killed
         if self._ranks.is_first:
             self._open_sinks(standing, num_told=num_rows - len(self.log.rows))
         if not isinstance(self.observer, Figures):
@@ -138,13 +139,18 @@ class Station(contextlib.AbstractContextManager["Station"]):
         except OSError as error:  # a full disk does not keep a run from going on
             _log.warning("%s cannot be written (%s): Prometheus must be told", self._directory.targets, error.strerror)
 
+    def _withdraw(self) -> None:
+        """Let Prometheus forget the run."""
+        if self._ranks.is_first:
+            with contextlib.suppress(OSError):
+                self._directory.targets.unlink()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Tell the last figures, stop listening and close the sinks; one that failed is left for Prometheus to miss."""
-        if self._ranks.is_first and (error is None or isinstance(error, Preempted | KeyboardInterrupt)):
-            with contextlib.suppress(OSError):
-                self._directory.targets.unlink()
+        if error is None or isinstance(error, Preempted | KeyboardInterrupt):
+            self._withdraw()
         self._close(_PATIENCE_S if kind is None else _HURRY_S)
 
     def _close(self, patience_s: float) -> None:

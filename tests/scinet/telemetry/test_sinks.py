@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import socket
@@ -22,7 +23,7 @@ from tensorboardX.record_writer import masked_crc32c
 from wandb.proto.wandb_internal_pb2 import Record
 
 from scinet.distributed import Ranks
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, Preempted, TrainingError
 from scinet.options import Method, Options, Prometheus, TelemetryOptions
 from scinet.rundir import RunDirectory
 from scinet.telemetry import weights_and_biases
@@ -229,6 +230,25 @@ def test_figures_go_on_from_the_rows_that_stay_when_a_run_is_resumed(tmp_path: P
         ):
             assert wanted in text
     assert not directory.targets.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"), [(TrainingError("NaN"), True), (Preempted("SIGTERM"), False), (KeyboardInterrupt(), False)]
+)
+def test_target_stays_for_prometheus_to_miss_when_a_run_fails(
+    tmp_path: Path, error: BaseException, stays: bool
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    with contextlib.suppress(type(error)), Station(Options(), ALONE, directory) as station:
+        station.begin(_standing(0), lambda _: None)
+        assert directory.targets.exists()
+        raise error
+    assert directory.targets.exists() is stays
+    off = replace(Options(), telemetry=TelemetryOptions(prometheus=Prometheus.off))
+    with Station(off, ALONE, directory) as station:
+        station.begin(_standing(0), lambda _: None)
+        assert not directory.targets.exists(), "it goes on, and is not down"
 
 
 @pytest.mark.parametrize(
