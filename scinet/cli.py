@@ -80,7 +80,8 @@ def show(run: Annotated[Path, typer.Option("--run", help="A finished run's direc
     directory, options = rundir.find(run)
     for what, value in summary.headline(options, rundir.read_evaluation(directory)):
         print(f"{value:>6}  {what}")
-    print(f"page: {directory.path / 'report.html'}")
+    page = directory.path / "report.html"
+    print(f"page: {page}" if page.is_file() else "no page: the test split was not opened (train.test_at_end=false)")
 
 
 @app.command()

@@ -11,7 +11,7 @@ import enum
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from scinet.errors import ConfigError, nearest
 from scinet.options import BiDominant, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
 
+T = TypeVar("T")
+_Known = dict[str, tuple[dataclasses.Field[Any], Any]]
 # what the run decides in DeepSpeed's section, and where it is said instead
 _DERIVED = {
     ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"): (
@@ -32,7 +34,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Options:
-    """Return the checked configuration of a file with ``key=value`` overrides.
+    """Return the checked configuration of a training: of a file with ``key=value`` overrides.
 
     Args:
         path: a YAML file, or None for the defaults.
@@ -41,23 +43,42 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Options:
     Raises:
         ConfigError: naming every unknown key, wrong type and value out of range, or the file that cannot be read.
     """
-    return _checked([*_files(path), *_assignments(overrides)])
+    return _related(load_as(Options, path, overrides))
 
 
-def _checked(trees: list[tuple[str, dict[str, Any]]]) -> Options:
+def load_as(section: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Return a tree of options of any kind, checked field by field; otherwise as :func:`load`.
+
+    Args:
+        section: a dataclass whose fields are made by :func:`scinet.options.option`, or are such dataclasses.
+        path: a YAML file, or None for the defaults.
+        overrides: dotted assignments.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    return _checked(section, [*_files(path), *_assignments(overrides)])
+
+
+def _checked(section: type[T], trees: list[tuple[str, dict[str, Any]]]) -> T:
     """Return the options of trees, each with the words that say where it stands; later ones win."""
     problems: list[str] = []
     given: dict[str, Any] = {}
+    known = {key: (item, kind) for key, item, kind in fields(section)}
     for origin, tree in trees:
-        for key, value in _leaves(tree):
-            problem = _check_leaf(key, value)
+        for key, value in _leaves(tree, known):
+            problem = _check_leaf(key, value, known)
             if problem:
                 problems.append(f"{origin}{problem}")
             else:
                 given[key] = _merged(given.get(key), value)
     if problems:
         raise ConfigError("; ".join(problems))
-    options: Options = _build(Options, given, "")
+    options: T = _build(section, given, "")
+    return options
+
+
+def _related(options: Options) -> Options:
     problems = list(_relations(options))
     if problems:
         raise ConfigError("; ".join(problems))
@@ -71,8 +92,8 @@ def _merged(old: Any, new: Any) -> Any:
     return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
 
 
-def to_yaml(options: Options) -> str:
-    """Return the resolved configuration as YAML that :func:`load` reads back to the same options."""
+def to_yaml(options: Any) -> str:
+    """Return resolved options as YAML that :func:`load`, or :func:`load_as`, reads back to the same options."""
     return OmegaConf.to_yaml(OmegaConf.structured(options))
 
 
@@ -89,7 +110,7 @@ def replace(options: Options, **changes: Any) -> Options:
         for part in reversed(key.split("__")):
             tree = {part: tree}
         trees.append(("", tree))
-    return _checked(trees)
+    return _related(_checked(Options, trees))
 
 
 def _files(path: Path | None, below: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
@@ -137,12 +158,13 @@ def _assignments(overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     return trees
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values; the ``deepspeed`` section counts as one value, its inside is DeepSpeed's."""
+def _leaves(tree: Any, known: _Known, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; a mapping whose inside is not ours, like DeepSpeed's section, is one value."""
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and dotted != "deepspeed" and value:
-            yield from _leaves(value, f"{dotted}.")
+        _, kind = known.get(dotted, (None, None))
+        if isinstance(value, dict) and value and not _is_mapping(kind):
+            yield from _leaves(value, known, f"{dotted}.")
         else:
             yield dotted, value
 
@@ -157,8 +179,12 @@ def fields(section: Any = Options, prefix: str = "") -> Iterator[tuple[str, data
             yield f"{prefix}{item.name}", item, hints[item.name]
 
 
-def _check_leaf(key: str, value: Any) -> str | None:
-    known = {name: (item, kind) for name, item, kind in fields()}
+def _is_mapping(kind: Any) -> bool:
+    origin: Any = typing.get_origin(kind)
+    return origin is dict
+
+
+def _check_leaf(key: str, value: Any, known: _Known) -> str | None:
     if key not in known:
         sections = {name.partition(".")[0] for name in known if "." in name}
         if key in sections:
@@ -219,7 +245,7 @@ def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
 
 
 def _value(kind: Any, given: Any) -> Any:
-    if typing.get_origin(kind) is dict:
+    if _is_mapping(kind):
         return given
     return kind(_spelled(given) if issubclass(kind, enum.Enum) else given)
 
@@ -241,6 +267,8 @@ def _relations(options: Options) -> Iterator[str]:
         )
     if options.method is not Method.zero_shot and options.optimizer.learning_rate == 0 and not model.freeze_image:
         yield "'optimizer.learning_rate' is 0: nothing would train; for the untrained model set 'method=zero_shot'"
+    if options.method is Method.zero_shot and not train.test_at_end:
+        yield "'train.test_at_end=false' leaves 'method=zero_shot' nothing to do: it only scores the test split"
     if not options.name or Path(options.name).name != options.name:
         yield f"'name' is {options.name!r}, expected a plain folder name"
     yield from _telemetry_relations(options.telemetry)

@@ -58,7 +58,7 @@ def check(options: Options) -> DataCard:
     """
     card = sources.read_card(options.data)
     for split, purpose in _PURPOSES.items():
-        is_needed = split == "test" or options.method is not Method.zero_shot
+        is_needed = options.train.test_at_end if split == "test" else options.method is not Method.zero_shot
         if is_needed and (split not in card.splits or not card.splits[split].num_samples):
             raise ConfigError(
                 f"{sources.place(card)} has no samples to {purpose} (split '{split}'; it has {card.listing}): build it "
@@ -127,6 +127,8 @@ def gather(
     if options.data.cache_features:
         network = materials.network(options).to(ranks.device)
         for split in SPLITS:
+            if split == "test" and not options.train.test_at_end:
+                continue
             materials.features[split] = model_features.ensure(
                 network,
                 card,

@@ -254,6 +254,7 @@ class TrainOptions:
         OnBadNumbers.stop, "stop at a loss or gradient that is not finite, or leave the step out"
     )
     max_bad_steps: int = option(10, "steps left out in a row beyond which a run stops", low=0)
+    test_at_end: bool = option(True, "score the test split; false: never open it, and write no page (sweeps)")
     last_batch: LastBatch = option(LastBatch.drop, "what happens to the rest of an epoch that fills no global batch")
 
 

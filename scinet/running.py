@@ -24,7 +24,7 @@ from scinet.distributed import (
     reason_of,
     shut_down,
 )
-from scinet.errors import PeerLost, Preempted, ScinetError, TrainingError
+from scinet.errors import ConfigError, PeerLost, Preempted, ScinetError, TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
@@ -108,7 +108,7 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
         voice.say(f"{directory.path} is finished: there is nothing to go on with")
         return rundir.read_evaluation(directory)
     if options.baseline:
-        rundir.read_evaluation(rundir.find(Path(options.baseline))[0])
+        _check_baseline(Path(options.baseline))
     with contextlib.ExitStack() as held:
         # a process that was asked to end may still be at its checkpoint
         patience_s = _END_OF_ANOTHER_S if options.resume else 0.0
@@ -119,6 +119,11 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
         finally:
             if ranks.is_first:
                 rundir.discard_if_never_started(directory)
+
+
+def _check_baseline(path: Path) -> None:
+    if "teacher" not in rundir.read_evaluation(rundir.find(path)[0]).get("selected", {}):
+        raise ConfigError(f"'baseline' is {path}, which has no test score of a trained network to show beside this one")
 
 
 def _carry_out(
@@ -135,15 +140,13 @@ def _carry_out(
     )
     for doubt in materials.doubts(made.card):
         voice.say(f"warning: {doubt}")
-    evaluation: dict[str, Any] = {
-        "class_names": list(made.card.class_names),
-        "zero_shot": zero_shot(options, made, ranks),
-    }
-    chance = evaluation["zero_shot"]["chance"]
-    voice.say(f"zero-shot mAP {evaluation['zero_shot']['mean_average_precision']:.1f} (chance {chance:.1f})")
+    evaluation: dict[str, Any] = {"class_names": list(made.card.class_names)}
+    if options.train.test_at_end:
+        untrained = evaluation["zero_shot"] = zero_shot(options, made, ranks)
+        voice.say(f"zero-shot mAP {untrained['mean_average_precision']:.1f} (chance {untrained['chance']:.1f})")
     if options.method is Method.zero_shot:
         _describe(directory, options, made, ranks)
-        scores = made.plain("test").score(made.network(options).to(ranks.device).eval(), ranks)
+        scores: Scores | None = made.plain("test").score(made.network(options).to(ranks.device).eval(), ranks)
         correlation = None
         history: list[dict[str, Any]] = []
     else:
@@ -153,8 +156,12 @@ def _carry_out(
     evaluation["seconds"] = time.monotonic() - started
     if ranks.is_first:
         rundir.write_text(directory.evaluation, json.dumps(evaluation, indent=1) + "\n")
-        page = summary.write(directory, options, made.card, evaluation, history, scores, correlation)
-        _say_result(voice, evaluation, page)
+        if scores is None:
+            selected = evaluation["selected"]
+            voice.say(f"hold-out mAP {selected['holdout_map']:.2f} at epoch {selected['epoch']}; no test")
+        else:
+            page = summary.write(directory, options, made.card, evaluation, history, scores, correlation)
+            _say_result(voice, evaluation, page)
     return evaluation
 
 
@@ -190,8 +197,8 @@ def _train(
     directory: RunDirectory,
     station: Station,
     evaluation: dict[str, Any],
-) -> tuple[Scores, Tensor | None]:
-    """Train and fill in the evaluation; return the selected teacher's test scores and the label correlation."""
+) -> tuple[Scores | None, Tensor | None]:
+    """Train and fill in the evaluation; return the selected teacher's test scores, if any, and the correlation."""
     trainer = Trainer(options, made, ranks, station.rows, voice, sentry, station.observer)
     _describe(directory, options, made, ranks)
     keeper = Keeper(
@@ -220,17 +227,18 @@ def _train(
                     keeper.save(trainer)
                 else:
                     trainer.train_epoch(after_step)
-            evaluation["last"] = {
-                "step": trainer.progress.step,
-                "teacher": judge(trainer.score("test", use_teacher=True)),
-                "student": judge(trainer.score("test", use_teacher=False)),
-            }
+            if options.train.test_at_end:
+                evaluation["last"] = {
+                    "step": trainer.progress.step,
+                    "teacher": judge(trainer.score("test", use_teacher=True)),
+                    "student": judge(trainer.score("test", use_teacher=False)),
+                }
         except Preempted as error:
             raise _kept(keeper, trainer) from error
         keeper.wait()
     selected = {}
     scores: Scores | None = None
-    for who in ("student", "teacher"):
+    for who in ("student", "teacher") if options.train.test_at_end else ():
         network = made.network(options).to(ranks.device).eval()
         weights.load_into(network, directory.checkpoints / "selected" / f"{who}.safetensors")
         scores = made.plain("test").score(network, ranks)
@@ -240,7 +248,6 @@ def _train(
         "holdout_map": trainer.progress.best_map,
         **selected,
     }
-    assert scores is not None
     correlation = None if trainer.fusion is None else trainer.fusion.correlation.shrunk().cpu()
     return scores, correlation
 

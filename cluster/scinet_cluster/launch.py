@@ -19,7 +19,7 @@ from pathlib import Path
 from scinet.errors import FIRST_CURABLE, ConfigError, ScinetError, nearest
 from scinet_cluster.addresses import free_port, interface_towards
 from scinet_cluster.nodes import Nodes, Wish, find
-from scinet_cluster.supervise import Outcome, Start, run_ranks, signals_held
+from scinet_cluster.supervise import Outcome, Start, end_with, run_ranks, signals_held
 
 GRACE_S = 90.0
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
@@ -47,6 +47,7 @@ class Job:
     command: tuple[str, ...]
     grace_s: float
     restarts: int
+    parent: int | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     with signals_held():
         try:
-            return _run(parse(words))
+            job = parse(words)
+            if job.parent is not None:
+                end_with(job.parent)
+            return _run(job)
         except ScinetError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_status
@@ -95,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "--grace", type=float, default=GRACE_S, metavar="SECONDS", help="from SIGTERM to SIGKILL (default: %(default)g)"
     )
     add("--restarts", type=int, default=0, metavar="N", help="one node only: start again on statuses >= 128, N times")
+    add(
+        "--parent",
+        type=int,
+        metavar="PID",
+        help="of the process that starts this one: end, as by SIGTERM, with it",
+    )
     return parser
 
 
@@ -123,11 +133,12 @@ def parse(words: Sequence[str]) -> Job:
         ("--master-port", told.master_port, 1),
         ("--grace", told.grace, 0),
         ("--restarts", told.restarts, 0),
+        ("--parent", told.parent, 1),
     ):
         if value is not None and not value >= lowest:
             raise ConfigError(f"{name} is {value:g}, but must be at least {lowest}")
     wish = Wish(told.nodes, told.node_rank, told.hostfile, told.master_addr, told.master_port, told.ranks_per_node)
-    return Job(wish, tuple(command), told.grace, told.restarts)
+    return Job(wish, tuple(command), told.grace, told.restarts, told.parent)
 
 
 def _run(job: Job) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 ALONE_S = 10.0  # how long the others get to end by themselves after a rank has failed
 _STOPS = (signal.SIGTERM, signal.SIGINT)
@@ -125,12 +126,21 @@ def _tie_to(launcher: int) -> Callable[[], None]:
     prctl = ctypes.CDLL(None).prctl  # found before the fork
 
     def in_child() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_STOPS, signal.SIGCHLD})
-        if os.getppid() != launcher:  # it died before the kernel knew
-            os.kill(os.getpid(), signal.SIGTERM)
+        _end_with(launcher, prctl)
 
     return in_child
+
+
+def end_with(parent: int) -> None:
+    """Let the kernel send this process SIGTERM when the one that started it is gone, or has gone already."""
+    _end_with(parent, ctypes.CDLL(None).prctl)
+
+
+def _end_with(parent: int, prctl: Any) -> None:
+    prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass

@@ -64,6 +64,8 @@ def _known(data: DataOptions) -> str:
 
 def headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what a run achieved, as (what, value), beside its baseline, zero-shot and chance."""
+    if not options.train.test_at_end:
+        return [("Hold-out mAP, teacher at the selected epoch", f"{evaluation['selected']['holdout_map']:.1f}")]
     rows = []
     if "selected" in evaluation:
         selected, last = evaluation["selected"], evaluation["last"]

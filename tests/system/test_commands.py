@@ -314,3 +314,24 @@ def test_compare_prints_its_table_and_runs_no_cell_twice(launch: Any, scenes: Pa
     table = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert table["seeds"] == [3]
     assert (tmp_path / "out" / "comparison.md").read_text().strip() == first.stdout.strip()
+
+
+def test_run_never_opens_the_test_split_when_told_so(
+    train: Any, scinet: Any, own_scenes: Path, on_features: tuple[str, ...], tmp_path: Path
+) -> None:
+    for shard in own_scenes.glob("test-*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    words = ("--config", "configs/quickstart.yaml", *on_features, "baseline=", f"data.path={own_scenes}")
+    words = (*words, "train.global_batch_size=16", "train.epochs=1", f"output={tmp_path}", "name=untested")
+    done = train(*words, "train.test_at_end=false")
+    assert done.status == 0, done.err
+    evaluation = json.loads((tmp_path / "untested/evaluation.json").read_text())
+    assert set(evaluation) == {"class_names", "selected", "seconds"}
+    assert set(evaluation["selected"]) == {"epoch", "holdout_map"}
+    shown = scinet("show", "--run", tmp_path / "untested")
+    assert shown.status == 0
+    assert "Hold-out mAP" in shown.out
+    assert "no page" in shown.out
+    refused = train(*words[:-1], "name=other", f"baseline={tmp_path / 'untested'}")
+    assert refused.status == 2
+    assert "no test score" in refused.err
