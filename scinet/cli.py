@@ -1,4 +1,4 @@
-"""The ``scinet`` command: ``data build``, ``train``, ``evaluate``, ``predict``, ``compare``, ``bench``.
+"""The ``scinet`` command: ``data build``, ``train``, ``evaluate``, ``predict``, ``top``, ``compare``, ``bench``.
 
 Heavy packages are imported inside the commands, so that help and usage errors come at once.
 """
@@ -82,6 +82,18 @@ def show(run: Annotated[Path, typer.Option("--run", help="A finished run's direc
         print(f"{value:>6}  {what}")
     page = directory.path / "report.html"
     print(f"page: {page}" if page.is_file() else "no page: the test split was not opened (train.test_at_end=false)")
+
+
+@app.command()
+def top(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run directories.")] = None,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+) -> None:
+    """Watch runs, all of runs/ unless named; q ends it: scinet top runs/quickstart."""
+    from scinet.top import command
+
+    command.top(runs or [], folder=Path("runs"), interval_s=interval, once=once)
 
 
 @app.command()

@@ -51,7 +51,6 @@ _FREE_ON_RESUME = {
     "telemetry.wandb",
     "telemetry.wandb_mode",
 }
-_LOCK = ".lock"
 _PACKAGES = (
     "scinet",
     "torch",
@@ -87,14 +86,15 @@ class RunDirectory:
         return self.path / "evaluation.json"
 
     @property
+    def targets(self) -> Path:
+        """Where Prometheus finds the run while it goes on: one folder for all, since it takes no ``runs/*/``."""
+        path = self.path.absolute()
+        return path.parent / ".prometheus" / f"{path.name}.json"
+
+    @property
     def bad_numbers(self) -> Path:
         """Batches whose loss or gradient was not finite."""
         return self.path / "bad-numbers"
-
-    @property
-    def targets(self) -> Path:
-        """Where Prometheus finds the run while it goes on."""
-        return self.path / "prometheus.json"
 
     @property
     def tensorboard(self) -> Path:
@@ -105,6 +105,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Weights and state."""
         return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes the run."""
+        return self.checkpoints / ".lock"
 
 
 def create(options: Options) -> RunDirectory:
@@ -137,7 +142,7 @@ def locked(run: RunDirectory, *, patience_s: float = 0.0) -> Iterator[None]:
     Raises:
         ConfigError: if another process writes it, perhaps one that outlived its launcher.
     """
-    handle = os.open(run.checkpoints / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+    handle = os.open(run.lock, os.O_CREAT | os.O_RDWR, 0o644)
     deadline = time.monotonic() + patience_s
     try:
         # a lock of this process alone: that of flock() would live on in loader processes
@@ -168,7 +173,7 @@ def discard_if_never_started(run: RunDirectory) -> None:
     """Remove the directory of a run that failed before its first step: it holds nothing yet."""
     if not run.config.exists():
         with contextlib.suppress(OSError):
-            (run.checkpoints / _LOCK).unlink()
+            run.lock.unlink()
         for folder in (run.checkpoints, run.path):
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from scinet import rundir
 from scinet.distributed import Ranks, gather_objects
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, Preempted
 from scinet.notes import Notes
 from scinet.options import Method, Options, Prometheus
 from scinet.rundir import RunDirectory
@@ -81,6 +81,7 @@ class Station(contextlib.AbstractContextManager["Station"]):
         """Go on from where the run stands: drop the rows after it, tell figures and rows from now on. Collective."""
         num_rows = len(self.log.rows)
         self.log.rewind(standing.steps)
+        self._withdraw()  # what it left behind when it was killed
         if self._ranks.is_first:
             self._open_sinks(standing, num_told=num_rows - len(self.log.rows))
         if not isinstance(self.observer, Figures):
@@ -133,14 +134,23 @@ class Station(contextlib.AbstractContextManager["Station"]):
         for _, target in found:
             say(f"metrics: http://{target}{PATH}")
         try:
+            self._directory.targets.parent.mkdir(exist_ok=True)
             rundir.write_text(self._directory.targets, json.dumps(entries) + "\n")
         except OSError as error:  # a full disk does not keep a run from going on
             _log.warning("%s cannot be written (%s): Prometheus must be told", self._directory.targets, error.strerror)
 
+    def _withdraw(self) -> None:
+        """Let Prometheus forget the run."""
+        if self._ranks.is_first:
+            with contextlib.suppress(OSError):
+                self._directory.targets.unlink()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tell the last figures, stop listening, and close the sinks."""
+        """Tell the last figures, stop listening and close the sinks; one that failed is left for Prometheus to miss."""
+        if error is None or isinstance(error, Preempted | KeyboardInterrupt):
+            self._withdraw()
         self._close(_PATIENCE_S if kind is None else _HURRY_S)
 
     def _close(self, patience_s: float) -> None:
@@ -150,9 +160,6 @@ class Station(contextlib.AbstractContextManager["Station"]):
             self._endpoint.close()
         if self._pusher:
             self._pusher.close(patience_s)
-        if self._ranks.is_first:
-            with contextlib.suppress(OSError):
-                self._directory.targets.unlink()
         self.rows.close(patience_s)
 
 

@@ -21,6 +21,8 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
+from scinet.rundir import RunDirectory
+
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +128,7 @@ def watched(on_features: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     run = output / "all of it"
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            targets = _until(lambda: json.loads((run / "prometheus.json").read_text()), process)
+            targets = _until(lambda: json.loads(RunDirectory(run).targets.read_text()), process)
             target = targets[0]["targets"][0]
 
             def scraped() -> str:
@@ -193,7 +195,7 @@ def test_run_is_found_while_it_goes_on_and_gone_afterwards(watched: Watched) -> 
     target = f"127.0.0.1:{watched.port}"
     assert watched.targets == [{"targets": [target], "labels": {"run": "all of it"}}]
     assert f"\nmetrics: http://{target}/metrics\n" in watched.said
-    assert not (watched.run / "prometheus.json").exists()
+    assert not RunDirectory(watched.run).targets.exists()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", watched.port), timeout=20)
     assert list(watched.run.glob("tensorboard/events.out.tfevents.*"))

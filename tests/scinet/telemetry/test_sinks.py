@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import socket
@@ -22,7 +23,7 @@ from tensorboardX.record_writer import masked_crc32c
 from wandb.proto.wandb_internal_pb2 import Record
 
 from scinet.distributed import Ranks
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, Preempted, TrainingError
 from scinet.options import Method, Options, Prometheus, TelemetryOptions
 from scinet.rundir import RunDirectory
 from scinet.telemetry import weights_and_biases
@@ -232,6 +233,25 @@ def test_figures_go_on_from_the_rows_that_stay_when_a_run_is_resumed(tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("error", "stays"), [(TrainingError("NaN"), True), (Preempted("SIGTERM"), False), (KeyboardInterrupt(), False)]
+)
+def test_target_stays_for_prometheus_to_miss_when_a_run_fails(
+    tmp_path: Path, error: BaseException, stays: bool
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    with contextlib.suppress(type(error)), Station(Options(), ALONE, directory) as station:
+        station.begin(_standing(0), lambda _: None)
+        assert directory.targets.exists()
+        raise error
+    assert directory.targets.exists() is stays
+    off = replace(Options(), telemetry=TelemetryOptions(prometheus=Prometheus.off))
+    with Station(off, ALONE, directory) as station:
+        station.begin(_standing(0), lambda _: None)
+        assert not directory.targets.exists(), "it goes on, and is not down"
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"host": "192.0.2.7"}, "rank 0 cannot listen on telemetry.host=192.0.2.7, port 0 ("),
@@ -295,7 +315,7 @@ def test_gateway_holds_the_last_figures_of_a_run_that_has_ended(tmp_path: Path) 
             ["prometheus-pushgateway", f"--web.listen-address={address}"], stderr=subprocess.DEVNULL
         )
     except FileNotFoundError:
-        pytest.skip("the gateway comes with Debian's package prometheus-pushgateway")
+        pytest.fail("there is no prometheus-pushgateway: apt-get install prometheus-pushgateway")
     try:
         telemetry = TelemetryOptions(prometheus=Prometheus.push, push_gateway=f"http://{address}/", refresh_s=0.2)
         # a name that must be written otherwise in an address, and another job's group beside it
@@ -310,7 +330,7 @@ def test_gateway_holds_the_last_figures_of_a_run_that_has_ended(tmp_path: Path) 
         labels = 'instance="",job="scinet",run="a run?50%"'
         assert f"scinet_train_samples_total{{{labels}}} 32\n" in text
         assert 'scinet_train_loss{instance="",job="scinet",part="total",run="a run?50%"} 0.5\n' in text
-        assert not (tmp_path / "prometheus.json").exists()
+        assert not RunDirectory(tmp_path).targets.exists()
     finally:
         gateway.kill()
         gateway.wait()
