@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import scinet.train
@@ -27,8 +26,9 @@ _EPILOG = """examples:
   scinet-sweep --config configs/sweeps/loss_weights.yaml --resume         # goes on with one that was killed
   scinet-sweep --config configs/sweeps/loss_weights.yaml --address auto   # on the Ray cluster of this machine
 """
-# what may be another when a sweep goes on: how much is tried and where, not what
-_FREE_ON_RESUME = ("trials", "confirm.", "resources.", "output")
+# what may be another when a sweep goes on: how much is tried and where, not what; and what makes the training, which is
+# compared as a whole
+_FREE_ON_RESUME = ("trials", "confirm.", "resources.", "output", "config", "fixed")
 
 
 # read by Ray once, when it is imported
@@ -76,21 +76,19 @@ def _run(sweep: Sweep, words: Sequence[str], *, address: str, resume: bool) -> i
     folder = _opened(sweep, resume=resume)
     with locked(folder):
         ledger = Ledger(folder / "trials.jsonl")
-        # bound to the terminal: what Ray says meanwhile goes elsewhere
-        say = functools.partial(print, file=sys.stdout, flush=True)
-        agenda = Agenda(sweep, ledger, say)
+        agenda = Agenda(sweep, ledger, _say)
         try:
-            return _carry_out(sweep, agenda, ledger, say, address)
+            return _carry_out(sweep, agenda, ledger, address)
         finally:
             if agenda.refusal or not ledger.trials:
                 # refused, or its training fails from the start: there is nothing to go on with
                 shutil.rmtree(folder)
             elif not agenda.is_done:
                 command = shlex.join(word for word in words if word != "--resume")
-                say(f"not finished: scinet-sweep {command} --resume goes on")
+                _say(f"not finished: scinet-sweep {command} --resume goes on")
 
 
-def _carry_out(sweep: Sweep, agenda: Agenda, ledger: Ledger, say: Callable[[str], None], address: str) -> int:
+def _carry_out(sweep: Sweep, agenda: Agenda, ledger: Ledger, address: str) -> int:
     folder, resources = sweep.folder, sweep.options.resources
     disk.check(folder, resources.disk_budget_gb * 2**30)
     os.environ.update(_RAY | (_credentials() if address else _RAY_ON_LOOPBACK))
@@ -100,11 +98,11 @@ def _carry_out(sweep: Sweep, agenda: Agenda, ledger: Ledger, say: Callable[[str]
         if agenda.is_done:
             return 0
         job = Job(folder.resolve(), scinet.train.__file__, str(Path.cwd()), resources)
-        return driving.drive(sweep, agenda, ledger, job, address=address, say=say)
+        return driving.drive(sweep, agenda, ledger, job, address=address, say=_say)
     finally:
         disk.prune(folder, ledger, resources.keep_weights)
         for line in outcome.write(sweep, ledger, is_done=agenda.is_done):
-            say(line)
+            _say(line)
 
 
 def _credentials() -> dict[str, str]:
@@ -153,6 +151,11 @@ def _check_same(sweep: Sweep, kept: Path, base: Path) -> None:
             raise ConfigError(
                 f"the training of {kept.parent} was started with {key}={then}, now it is {now}: set another name"
             )
+
+
+def _say(line: str) -> None:
+    # sys.stdout is given to Ray meanwhile
+    print(line, file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":
