@@ -38,6 +38,7 @@ _RAY = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials keep their own files
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # so does the sweep
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one sentence says that a trial was lost
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no figure
 }
 # outside of Windows and macOS Ray listens on all interfaces, also when it is all within one process's care

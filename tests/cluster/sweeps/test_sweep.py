@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,10 +170,11 @@ def test_sweep_that_cannot_begin_leaves_nothing(configuration: Callable[..., Pat
 
 
 @pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[tuple[str, psutil.Process]]:
+def two_nodes() -> Iterator[tuple[str, psutil.Process]]:
     """The address of a Ray cluster of two nodes with a core each, and the second node's process."""
     port = free_port()
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": str(tmp_path)}
+    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets lie within: a longer path has no room for them
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": scratch}
     ray = str(Path(sys.executable).with_name("ray"))
     common = ("--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats")
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
@@ -191,6 +194,7 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, psutil.Process]]:
     finally:
         for process in started():
             process.kill()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _is_rays(pid: int) -> bool:
@@ -218,5 +222,5 @@ def test_trials_run_over_two_nodes_and_go_on_when_one_dies(
     said, _ = sweep.communicate(timeout=_LONGEST_S)
     assert sweep.returncode == 0, said
     assert "lost its process or its node: it goes on from its checkpoint" in said
-    assert "Traceback" not in said
+    assert all(line.startswith(("trial ", "best", "nothing", str(tmp_path))) for line in said.splitlines()), said
     assert {trial.state for trial in Ledger(record).trials.values()} == {State.completed}
