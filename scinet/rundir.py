@@ -142,17 +142,30 @@ def locked(run: RunDirectory, *, patience_s: float = 0.0) -> Iterator[None]:
     Raises:
         ConfigError: if another process writes it, perhaps one that outlived its launcher.
     """
-    handle = os.open(run.lock, os.O_CREAT | os.O_RDWR, 0o644)
+    with exclusive(run.lock, f"{run.path} is being written", patience_s=patience_s):
+        yield
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, busy: str, *, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock file that ends with this process.
+
+    Args:
+        path: of the file, which is made.
+        busy: what is so while another process has it, for the message.
+        patience_s: how long that one may take to end.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     deadline = time.monotonic() + patience_s
     try:
         # a lock of this process alone: that of flock() would live on in loader processes
         while not _takes_lock(handle):
             if time.monotonic() >= deadline:
                 owner = os.pread(handle, 200, 0).decode(errors="replace") or "unknown"
-                raise ConfigError(
-                    f"{run.path} is being written by another process ({owner}): wait for it or end it, or set another "
-                    "name"
-                )
+                raise ConfigError(f"{busy} by another process ({owner}): wait for it or end it, or set another name")
             time.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)

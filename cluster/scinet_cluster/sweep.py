@@ -13,10 +13,10 @@ from pathlib import Path
 import scinet.train
 from scinet import config
 from scinet.errors import ConfigError, ScinetError
-from scinet.rundir import write_text
+from scinet.rundir import exclusive, write_text
 from scinet_cluster.sweeps import disk, options, space
 from scinet_cluster.sweeps.agenda import Agenda
-from scinet_cluster.sweeps.ledger import Ledger, locked
+from scinet_cluster.sweeps.ledger import Ledger
 from scinet_cluster.sweeps.options import Sweep, SweepOptions
 from scinet_cluster.sweeps.process import Job
 
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(sweep: Sweep, words: Sequence[str], *, address: str, resume: bool) -> int:
     folder = _opened(sweep, resume=resume)
-    with locked(folder):
+    with exclusive(folder / ".lock", f"{folder} is being swept"):
         ledger = Ledger(folder / "trials.jsonl")
         agenda = Agenda(sweep, ledger, _say)
         try:

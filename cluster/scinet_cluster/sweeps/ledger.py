@@ -5,13 +5,9 @@ Ray's own record of an experiment is a pickle, which runs whatever a stranger pu
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import fcntl
 import json
 import os
-import platform
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,24 +119,3 @@ def _read(path: Path, line: bytes) -> Trial:
         return Trial(**row)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} has a line that no sweep wrote ({line[:80]!r}): {error}") from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from carrying out the same sweep; the lock ends with this process.
-
-    Raises:
-        ConfigError: another one does.
-    """
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(handle, 200, 0).decode(errors="replace") or "unknown"
-            raise ConfigError(f"{folder} is being swept by another process ({owner}): wait for it or end it") from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-        yield
-    finally:
-        os.close(handle)

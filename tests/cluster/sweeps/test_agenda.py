@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from scinet.errors import ConfigError
 from scinet_cluster.sweeps import options
 from scinet_cluster.sweeps.agenda import Agenda, confirmed, winner
-from scinet_cluster.sweeps.ledger import Ledger, Purpose, State, Trial, locked
+from scinet_cluster.sweeps.ledger import Ledger, Purpose, State, Trial
 from scinet_cluster.sweeps.options import Sweep
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,17 +139,6 @@ def test_grid_ends_with_its_last_combination(sweep: Sweep, tmp_path: Path) -> No
     tried = [tuple(trial.parameters.values()) for trial in ledger.of(Purpose.search)][1:]
     assert sorted(tried) == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert agenda.is_done
-
-
-def test_second_process_is_kept_off_the_same_sweep(sweep: Sweep) -> None:
-    code = (
-        "import sys; from pathlib import Path; from scinet_cluster.sweeps.ledger import locked\n"
-        "with locked(Path(sys.argv[1])): pass"
-    )
-    with locked(sweep.folder):
-        other = subprocess.run([sys.executable, "-c", code, sweep.folder], capture_output=True, text=True, check=False)
-    assert other.returncode != 0
-    assert "is being swept by another process" in other.stderr
 
 
 def test_line_that_no_sweep_wrote_is_named(sweep: Sweep) -> None:

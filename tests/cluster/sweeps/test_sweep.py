@@ -146,6 +146,9 @@ def test_sweep_ends_at_sigterm_with_its_trials_saved(configuration: Callable[...
     sweep = _start("--config", path)
     run = tmp_path / "tried/trials/0000"
     _await(lambda: any(run.glob("checkpoints/step-*")), sweep)
+    second = _start("--config", path, "--resume")
+    assert second.wait() == 2
+    assert f"is being swept by another process (process {sweep.pid} on" in second.communicate()[0]
     sweep.terminate()
     said, _ = sweep.communicate(timeout=60)
     assert sweep.returncode == 143
