@@ -134,6 +134,7 @@ def _histories(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def test_weights_and_biases_gets_each_step_once_in_one_run_when_it_is_resumed(tmp_path: Path) -> None:
     options = replace(Options(), name="some run", telemetry=replace(QUIET, wandb=True))
     _carry_out(options, tmp_path, 1, 5)
+    time.sleep(1.1)  # W&B names a folder by the second, and a run takes longer to start again
     _carry_out(options, tmp_path, 4, 8)
     paths = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len({path.name for path in paths}) == 1, "the same run"
