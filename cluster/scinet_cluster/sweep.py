@@ -29,8 +29,6 @@ _EPILOG = """examples:
 # what may be another when a sweep goes on: how much is tried and where, not what; and what makes the training, which is
 # compared as a whole
 _FREE_ON_RESUME = ("trials", "confirm.", "resources.", "output", "config", "fixed")
-
-
 # read by Ray once, when it is imported
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from scinet.errors import FIRST_CURABLE
 from scinet.telemetry import read_metrics
 from scinet_cluster.addresses import free_port
@@ -109,12 +109,6 @@ class TrialActor(tune.Trainable):
     def cleanup(self) -> None:
         """End the training, should it still run."""
         self._stop()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Keep nothing: the run directory holds the training's checkpoints."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Go on with the run directory, as every start does."""
 
     def _start(self) -> None:
         shares = self._job.resources.nodes
