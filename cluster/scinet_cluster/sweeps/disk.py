@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from scinet.errors import ConfigError
+from scinet.rundir import RunDirectory
 from scinet_cluster.sweeps.ledger import Ledger, Trial
 
 
@@ -32,7 +33,9 @@ def prune(folder: Path, ledger: Ledger, keep_weights: int) -> None:
     best = sorted((trial for trial in ended if trial.best is not None), key=lambda trial: -(trial.best or 0.0))
     kept = {trial.number for trial in best[:keep_weights]}
     for trial in ended:
-        checkpoints = folder / "trials" / trial.name / "checkpoints"
+        run = RunDirectory(folder / "trials" / trial.name)
+        run.targets.unlink(missing_ok=True)  # what a failed run announced: here it is known that it failed
+        checkpoints = run.checkpoints
         for tag in (*checkpoints.glob("step-*"), *checkpoints.glob(".step-*")):
             shutil.rmtree(tag, ignore_errors=True)
         if trial.number not in kept:

@@ -49,7 +49,8 @@ def drive(sweep: Sweep, agenda: Agenda, ledger: Ledger, job: Job, *, address: st
         concurrent = min(fits, resources.concurrent or fits)
         say(_plan(sweep, agenda, concurrent))
         watch = _Watch(agenda, ledger, job.folder, resources, say)
-        scheduler = SparingScheduler(stopping_rule(sweep.options.stopping, sweep.base.train.epochs))
+        epochs = sweep.base.train.epochs
+        scheduler = SparingScheduler(stopping_rule(sweep.options.stopping, epochs), epochs)
         scheduler.replay(ledger.trials.values())
         scratch = job.folder / ".ray"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -66,6 +67,7 @@ def drive(sweep: Sweep, agenda: Agenda, ledger: Ledger, job: Job, *, address: st
                 storage_path=str(scratch),
                 stop=watch,
                 callbacks=[watch],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trainings keep their own
                 failure_config=tune.FailureConfig(max_failures=resources.restarts),
                 verbose=0,
             ),
@@ -105,7 +107,12 @@ class _Watch(tune.Callback, tune.Stopper):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial's actor is gone; its training ends by itself, and goes on where there is room."""
+        print(trial.get_error())  # into Ray's log
         self._say(f"trial {trial.config['number']} lost its process or its node: it goes on from its checkpoint")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Keep why a trial's actor was lost for the last time."""
+        print(trial.get_error())
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look after disk and progress every few seconds."""

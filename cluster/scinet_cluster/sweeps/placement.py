@@ -44,7 +44,7 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         ConfigError: there is none at the address.
     """
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     _probe(address)
     try:
         if address:

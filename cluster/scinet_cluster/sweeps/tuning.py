@@ -70,10 +70,10 @@ class AgendaSearcher(Searcher):
 class SparingScheduler(FIFOScheduler):
     """A stopping rule from which the default and the confirmations are exempt; failed trials teach it nothing."""
 
-    def __init__(self, rule: TrialScheduler | None) -> None:
-        """Take the rule, None for none."""
+    def __init__(self, rule: TrialScheduler | None, epochs: int) -> None:
+        """Take the rule, None for none, and the epochs of a training: after the last there is nothing to save."""
         super().__init__()
-        self._rule = rule
+        self._rule, self._epochs = rule, epochs
         self._stopped: set[int] = set()
         self._is_default_overruled = False
 
@@ -103,7 +103,8 @@ class SparingScheduler(FIFOScheduler):
         number, is_search = trial.config["number"], trial.config["purpose"] == Purpose.search.value
         if self._rule is None or not is_search or (number == 0 and self._is_default_overruled):
             return TrialScheduler.CONTINUE
-        if self._rule.on_trial_result(tune_controller, trial, result) != TrialScheduler.STOP:
+        decision = self._rule.on_trial_result(tune_controller, trial, result)
+        if decision != TrialScheduler.STOP or result.get(_TIME, 0) >= self._epochs:
             return TrialScheduler.CONTINUE
         if number == 0:
             self._is_default_overruled = True

@@ -116,13 +116,11 @@ def test_killed_sweep_goes_on_and_names_its_best(configuration: Callable[..., Pa
     assert resumed.returncode == 0, said
     trials = Ledger(record).trials
     assert [trial.state for trial in trials.values()].count(State.completed) == 4, said
+    assert "lost" not in said
     reasons = [trial.reason for trial in trials.values() if trial.state is State.failed]
     assert len(reasons) == 3
-    assert [("not finite" in reason, "fusion.bank_size" in reason) for reason in sorted(reasons)] == [
-        (False, True),
-        (False, True),
-        (True, False),
-    ], reasons
+    assert sum("not finite" in reason for reason in reasons) == 1
+    assert sum("a rank would take" in reason for reason in reasons) == 2
     assert "Traceback" not in said
     _check_outcome(folder, trials)
 
@@ -141,6 +139,7 @@ def _check_outcome(folder: Path, trials: dict[int, Any]) -> None:
     kept = {path.parents[1].name for path in folder.glob("trials/*/checkpoints/selected")}
     assert len(kept) == 1, "weights of the best trial only"
     assert not list(folder.glob("trials/*/checkpoints/step-*"))
+    assert not list(folder.glob("trials/.prometheus/*")), "nothing is announced any longer"
     for trial in trials.values():
         evaluation = folder / "trials" / trial.name / "evaluation.json"
         if trial.state is State.completed:

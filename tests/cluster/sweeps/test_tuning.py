@@ -16,7 +16,7 @@ EPOCHS = 9
 
 
 def _scheduler(rule: Stopping) -> SparingScheduler:
-    return SparingScheduler(stopping_rule(StoppingOptions(rule, grace_epochs=1, reduction_factor=3.0), EPOCHS))
+    return SparingScheduler(stopping_rule(StoppingOptions(rule, grace_epochs=1, reduction_factor=3.0), EPOCHS), EPOCHS)
 
 
 def _epochs_until_stopped(scheduler: SparingScheduler, number: int, value: float, purpose: str = "search") -> int:
@@ -57,3 +57,12 @@ def test_rule_remembers_trials_of_before_a_restart(rule: Stopping) -> None:
     known = [Trial(number, Purpose.search, number, 0, {}, State.completed, history) for number in range(1, 5)]
     scheduler.replay(known)
     assert _epochs_until_stopped(scheduler, 5, 10.0) < EPOCHS
+
+
+@pytest.mark.parametrize("rule", [Stopping.asha, Stopping.median])
+def test_trial_is_not_stopped_at_its_end(rule: Stopping) -> None:
+    made = stopping_rule(StoppingOptions(rule, grace_epochs=EPOCHS), EPOCHS)
+    scheduler = SparingScheduler(made, EPOCHS)
+    for number, value in enumerate((50.0, 51.0, 52.0, 53.0, 1.0)):
+        _epochs_until_stopped(scheduler, number, value)
+        assert not scheduler.is_stopped(number)
