@@ -199,13 +199,13 @@ def test_bench_ranks_prints_measured_and_planned_steps_of_every_stage(launch: An
 
 @pytest.mark.slow
 def test_bench_scrape_prints_the_cost_of_a_scrape_for_each_number_of_ranks(
-    scinet: Any, on_features: tuple[str, ...]
+    launch: Any, on_features: tuple[str, ...]
 ) -> None:
     words = ("--config", ROOT / "configs/quickstart.yaml", *on_features, "train.global_batch_size=16")
     how = ("--ranks", "1,3", "--steps", 2, "--repeats", 2, "--threads", 1)
-    result = scinet("bench", "scrape", *words, "telemetry.refresh_s=0.1", *how)
-    assert result.status == 0, result.err
-    header, _, *lines = _table(result.out)
+    done = launch(sys.executable, "-m", "scinet.cli", "bench", "scrape", *words, "telemetry.refresh_s=0.1", *how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    header, _, *lines = _table(done.stdout)
     assert header[:2] == ["compared", "figure"]
     assert [re.sub(r" \(.*", "", line[0].partition(", ")[0]) for line in lines] == 2 * [
         "training time of a scrape",

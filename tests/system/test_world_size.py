@@ -47,6 +47,9 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
         with (folder / shard).open("r+b") as file:
             file.seek(member.offset_data)
             file.write(bytes(member.size))
+    # another card, or the cached features of the sound copy would do
+    card = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(card | {"name": "spoilt"}))
     return folder
 
 
