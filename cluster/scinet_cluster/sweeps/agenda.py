@@ -62,7 +62,7 @@ class Agenda:
                 self._is_exhausted = True
                 return self.next()
             trial = made
-        elif self._running or not self._unconfirmed():
+        elif any(known.purpose is Purpose.search for known in self.running) or not self._unconfirmed():
             return None
         else:
             trial = self._confirmation(*self._unconfirmed()[0])

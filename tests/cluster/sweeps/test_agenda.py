@@ -76,7 +76,10 @@ def test_confirmations_wait_for_the_last_trial_of_the_search(sweep: Sweep) -> No
         assert agenda.next() is None
         assert not agenda.is_done
     _run(agenda, running[2], 20.0, State.stopped)
-    assert _next(agenda).purpose is Purpose.confirm
+    side_by_side = [_next(agenda) for _ in range(4)]
+    assert all(trial.purpose is Purpose.confirm for trial in side_by_side)
+    assert agenda.next() is None
+    assert not agenda.is_done
 
 
 def test_killed_sweep_goes_on_with_what_was_interrupted_and_the_same_proposals(sweep: Sweep) -> None:
