@@ -95,7 +95,7 @@ def capacity(options: ResourceOptions) -> int:
         listed = "; ".join(_in_words({name: node.get(name, 0.0) for name in wanted}) for node in there)
         raise ConfigError(
             f"a trial wants {_in_words(wanted)} on each of {options.nodes} node(s), Ray has {len(there)} node(s) with "
-            f"{listed}: lower resources.ranks_per_node, resources.cpus_per_rank or what else it wants"
+            f"{listed}: lower resources.nodes, resources.ranks_per_node or {_lacking(there, wanted, options.nodes)}"
         )
     # as many trials as can each have `nodes` different nodes
     trials = sum(fits) // options.nodes
@@ -106,6 +106,13 @@ def capacity(options: ResourceOptions) -> int:
 
 def _times(node: dict[str, float], wanted: dict[str, float]) -> int:
     return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in wanted.items())
+
+
+def _lacking(there: list[dict[str, float]], wanted: dict[str, float], num_nodes: int) -> str:
+    """Return the options of what too few nodes have enough of; of all of it where none has it together."""
+    keys = {"CPU": "cpus_per_rank", "GPU": "gpus_per_rank", "memory": "memory_gb_per_rank"}
+    lacking = [name for name in wanted if sum(_times(node, {name: wanted[name]}) > 0 for node in there) < num_nodes]
+    return ", ".join(f"resources.{keys[name]}" for name in lacking or wanted)
 
 
 def _in_words(amounts: dict[str, float]) -> str:

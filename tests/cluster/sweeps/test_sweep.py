@@ -167,6 +167,11 @@ def test_sweep_that_cannot_begin_leaves_nothing(configuration: Callable[..., Pat
     path = configuration({"loss.margin": [0.5]}, sampler="grid")
     for words, status, sentence in (
         (["resources.cpus_per_rank=4096"], 2, "a trial wants 4096 CPU(s) on each of 1 node(s)"),
+        (
+            ["resources.gpus_per_rank=99"],
+            2,
+            "lower resources.nodes, resources.ranks_per_node or resources.gpus_per_rank",
+        ),
         (["resources.disk_budget_gb=1e9"], 2, "'resources.disk_budget_gb' is 1e+09, but"),
         (["--address", f"127.0.0.1:{free_port()}"], 2, "no Ray cluster answers there"),
         (["fixed.data.path=/nowhere"], 1, "the first trial, of the default, failed before its first evaluation"),
