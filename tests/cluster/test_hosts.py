@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -131,9 +132,13 @@ def _assert_all_end_in_time(cut: Cut) -> None:
         assert "ended with status 142: another rank was lost or hung" in log
     # the side of rank 0 agrees on who speaks; beyond the cut each host speaks for itself
     first, second, *others = cut.logs
-    told = sum("error: another rank was lost" in log for log in (first, *others))
-    assert told == 1, "\n".join(cut.logs)
-    assert "error: another rank was lost" in second, second
+    assert sum(_tells_of_the_loss(log) for log in (first, *others)) == 1, "\n".join(cut.logs)
+    assert _tells_of_the_loss(second), second
+
+
+def _tells_of_the_loss(log: str) -> bool:
+    # a step cut off in mid-collective may outlast gloo's time-out; then the guard names the rank it waits for
+    return bool(re.search("error: (another rank was lost|rank .* (cannot be reached|gives no sign of life))", log))
 
 
 @pytest.fixture(scope="module")
