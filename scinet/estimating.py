@@ -22,13 +22,13 @@ from scinet.data.batch import Share
 from scinet.data.card import DataCard, Missing, Shard, Split
 from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
 from scinet.data.loading import num_waiting
-from scinet.data.views import VIEW_NAMES
 from scinet.errors import ConfigError, DataError
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
 from scinet.options import Combine, Method, Options, Profile
 from scinet.report.data_page import size
 from scinet.texttable import table
+from scinet.zoo.catalogue import table_bytes
 
 _ID_LENGTH = 16
 # a sample in the window: its dict, its keys and the headers of its bytes objects, as tracemalloc counts them
@@ -174,7 +174,7 @@ def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:
     window = min(options.data.shuffle_window + 1, -(-data.num_samples // lanes))
     stored = data.image_bytes + label_bytes(data) + _SAMPLE_OVERHEAD
     share = Share(0, ranks, options.train.global_batch_size, options.train.accumulation_steps)
-    num_views = len(VIEW_NAMES) if options.method is Method.scinet else 1
+    num_views = len(options.method.views)
     pixels = num_views * 3 * options.model.image_size**2
     waiting = num_waiting(options.data.workers, share.micro_batch_size)
     return [
@@ -192,10 +192,21 @@ def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:
     ]
 
 
+def _tables(data: DataSize, options: Options) -> list[Need]:
+    """Return the table of every sample's labels that a method of the zoo keeps, if it does."""
+    needed, budget = table_bytes(options, data.num_samples, data.num_classes), options.zoo.memory_budget_mb
+    if not needed:
+        return []
+    is_refused = needed / 2**20 > budget
+    words = f"label table of {options.method.value}, {data.num_samples:,} x {data.num_classes:,}"
+    refused = f": refused, zoo.memory_budget_mb={budget}" if is_refused else ""
+    return [Need(words + refused, needed, "another method", is_refused)]
+
+
 def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need]:
     """Return the training state that every rank keeps, and the largest workspace of the fusion."""
     if options.method is not Method.scinet:
-        return []
+        return _tables(data, options)
     enabled = options.fusion.enabled and options.profile is not Profile.release
     unlimited = replace(options.fusion, memory_budget_mb=2**40, enabled=enabled)
     meta = torch.device("meta")

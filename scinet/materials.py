@@ -9,7 +9,7 @@ from pathlib import Path
 from scinet.data import mask_file, sources
 from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import SPLITS, DataCard
-from scinet.data.views import VIEW_NAMES, Views
+from scinet.data.views import Views
 from scinet.distributed import Ranks, first_rank_first
 from scinet.errors import ConfigError
 from scinet.evaluation.evaluator import PlainSplit
@@ -34,10 +34,10 @@ class Materials:
     features: dict[str, Features] = field(default_factory=dict)
 
     def training(self, options: Options, share: Share) -> BatchSource:
-        """Return the batches of the training split; baselines see the weak view only."""
-        names = VIEW_NAMES if options.method is Method.scinet else VIEW_NAMES[:1]
+        """Return the batches of the training split, with the views that the method trains on."""
+        names = options.method.views
         if "train" in self.features:
-            return FeatureBatches(self.features["train"], options.data, len(names), share, options.seed)
+            return FeatureBatches(self.features["train"], options.data, names, share, options.seed)
         return ImageBatches(self.card, options.data, self.views, names, share, options.seed)
 
     def plain(self, split: str) -> PlainSplit:

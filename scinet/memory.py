@@ -23,7 +23,7 @@ from scinet.engine import zero_config
 from scinet.estimating import DataSize, Need
 from scinet.model import features
 from scinet.model.backbone import Backbone
-from scinet.options import Method, Options
+from scinet.options import Options
 from scinet.rehearsal import Rehearsal, rehearse
 from scinet.report.data_page import size
 from scinet.texttable import table
@@ -141,8 +141,8 @@ def _towers(backbone: Backbone) -> int:
 def _micro_batch(options: Options, world_size: int) -> str:
     train = options.train
     samples = train.global_batch_size // train.accumulation_steps // world_size
-    views = "3 views" if options.method is Method.scinet else "1 view"
-    return f"{samples:,} samples x {views}"
+    num_views = len(options.method.views)
+    return f"{samples:,} samples x {num_views} view{'s' if num_views > 1 else ''}"
 
 
 def _weights(tried: Rehearsal, zero: Any, world_size: int, *, has_gpu: bool) -> Iterator[Part]:

@@ -7,10 +7,10 @@ Shapes: B rows of this rank, G of the global batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from scinet.fusion.thresholds import DynamicThresholds
 from scinet.losses.supervised import binary_cross_entropy, focal_margin
 from scinet.model.label_graph import propagation
 from scinet.model.network import Output
-from scinet.options import LossOptions, Method, Options, Profile
+from scinet.options import LossOptions, Options, Profile
 from scinet.stopwatch import Stopwatch
 
 _FLIP_PROBABILITY = 0.6
+_TEACHER_VIEW = {Profile.paper: 1, Profile.release: 2}
+
+Forward = Callable[[Tensor], Output]
 
 
 class Pseudo(NamedTuple):
@@ -99,40 +102,64 @@ class Look:
         return everyone._replace(confidence=unified), passed
 
 
-class Objective:
-    """The loss of SCINet, either profile, or of a baseline."""
+class Aim(Protocol):
+    """What the training loop asks of SCINet's objective and of the zoo's alike."""
 
-    def __init__(
-        self, options: Options, fusion: Fusion | None, thresholds: DynamicThresholds, stopwatch: Stopwatch
-    ) -> None:
-        """Take the state that SCINet's targets need; the baselines need none. The stopwatch times the fusion."""
-        self._options, self._fusion, self._thresholds = options, fusion, thresholds
-        self._fusing = stopwatch
+    def look(self, micro: Sequence[Batch], teacher: Forward, student: Forward, *, has_gaps: bool) -> Any:
+        """Return what the losses of a step will see of its global batch, or None. Collective."""
+        ...
 
-    def __call__(
-        self, student: Output, batch: Batch, phase: Phase, size: float, look: Look | None = None, place: int = 0
-    ) -> Step:
-        """Return the loss of a micro-batch. Collective for SCINet.
+    def __call__(self, student: Output, batch: Batch, phase: Phase, size: float, look: Any, place: int) -> Step:
+        """Return the loss of a micro-batch. Collective.
 
         Args:
-            student: outputs on all views, [V * B].
+            student: outputs on the method's views, [V * B].
             batch: labels and indices.
             phase: position in the run.
             size: samples of the global batch over the accumulation steps, by which sums are divided.
-            look: at the global batch; None for a baseline.
+            look: at the global batch.
             place: of this micro-batch among those that the look was given.
         """
-        observed = batch.observed
-        if look is None or self._fusion is None:
-            assumes = self._options.method is Method.assume_negative
-            weights = torch.ones_like(student.logits) if assumes else (observed != 0).float()
-            weights = weights * batch.valid.unsqueeze(1)
-            total = binary_cross_entropy(student.logits, (observed > 0).float(), weights) / size
-            return Step(total, {"supervised": total.detach()}, None, None)
+        ...
+
+    def update(self, look: Any, phase: Phase, *, ends_epoch: bool) -> None:
+        """Take a step, which was sound, into the state that later ones depend on. Collective."""
+        ...
+
+    def fusion_seconds(self) -> list[float]:
+        """Return the times of the fusions that have ended since the last call."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return that state."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state of another instance of the same sizes."""
+        ...
+
+
+class Objective:
+    """The loss of SCINet, either profile."""
+
+    def __init__(self, options: Options, fusion: Fusion, thresholds: DynamicThresholds, ranks: Ranks) -> None:
+        """Take the state that SCINet's targets need."""
+        self._options, self._ranks = options, ranks
+        self.fusion, self.thresholds = fusion, thresholds
+        self._fusing = Stopwatch(ranks.device)
+
+    def look(self, micro: Sequence[Batch], teacher: Forward, student: Forward, *, has_gaps: bool) -> Look:
+        """Let the teacher see the whole global batch. Collective."""
+        view = _TEACHER_VIEW[self._options.profile]
+        outputs = [teacher(batch.inputs.chunk(3)[view]) for batch in micro]
+        return Look(outputs, micro, self._ranks, has_gaps=has_gaps)
+
+    def __call__(self, student: Output, batch: Batch, phase: Phase, size: float, look: Look, place: int = 0) -> Step:
+        """Return the loss of a micro-batch. Collective."""
         views = student.logits.chunk(3)
         everyone = look.everyone  # waited for before the fusion's time begins
         with self._fusing:
-            confidence = self._confidence(self._fusion, student, look.mine[place], everyone)
+            confidence = self._confidence(self.fusion, student, look.mine[place], everyone)
         parts, pseudo = self._parts(views, confidence.unified, batch, phase)
         look.answer(confidence.unified, pseudo.positive)
         loss = self._options.loss
@@ -140,6 +167,27 @@ class Objective:
             parts["consistency_weak"] + parts["consistency_medium"] + loss.distillation_weight * parts["distillation"]
         )
         return Step(total / size, {name: part.detach() / size for name, part in parts.items()}, confidence, pseudo)
+
+    def update(self, look: Look, phase: Phase, *, ends_epoch: bool) -> None:
+        """Take the global batch into correlation, bank, memory and thresholds. Collective."""
+        everyone, passed = look.answers()
+        with self._fusing:
+            self.fusion.update(everyone)
+            self.thresholds.update(passed)
+
+    def fusion_seconds(self) -> list[float]:
+        """Return the times of the fusions that have ended since the last call."""
+        return self._fusing.take()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of fusion and thresholds."""
+        parts = {"fusion": self.fusion.state_dict(), "thresholds": self.thresholds.state_dict()}
+        return {f"{who}/{name}": value for who, state in parts.items() for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state of another instance of the same sizes."""
+        for who, part in (("fusion/", self.fusion), ("thresholds/", self.thresholds)):
+            part.load_state_dict({k.removeprefix(who): value for k, value in state.items() if k.startswith(who)})
 
     def _confidence(self, fusion: Fusion, student: Output, mine: Neighbours, everyone: Neighbours) -> Confidence:
         """Return Q of this rank's rows."""
@@ -160,8 +208,8 @@ class Objective:
     ) -> tuple[dict[str, Tensor], Pseudo]:
         weak, medium, strong = views
         observed, valid = batch.observed, batch.valid.unsqueeze(1)
-        pseudo_weak = Pseudo(*self._thresholds.pseudo_labels(torch.sigmoid(weak.detach()), observed))
-        pseudo_medium = Pseudo(*self._thresholds.pseudo_labels(torch.sigmoid(medium.detach()), observed))
+        pseudo_weak = Pseudo(*self.thresholds.pseudo_labels(torch.sigmoid(weak.detach()), observed))
+        pseudo_medium = Pseudo(*self.thresholds.pseudo_labels(torch.sigmoid(medium.detach()), observed))
         rows_weak, rows_medium = (
             (p.confident.unsqueeze(1) & valid).float().expand_as(weak) for p in (pseudo_weak, pseudo_medium)
         )

@@ -10,22 +10,41 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def option(default: Any, description: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """Return a dataclass field with its description and, for numbers, the closed range it must lie in."""
-    metadata = {"description": description, "low": low, "high": high}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from scinet.option import option
+from scinet.zoo_options import ZooOptions
 
 
 class Method(enum.Enum):
-    """What is trained: SCINet, or a baseline under the same protocol."""
+    """What is trained: SCINet, or a method of the zoo under the same protocol (``scinet/zoo/README.md``)."""
 
     scinet = "scinet"
+    scpnet = "scpnet"
     bce = "bce"
-    assume_negative = "assume_negative"
+    an = "an"
+    an_ls = "an_ls"
+    wan = "wan"
+    em = "em"
+    em_apl = "em_apl"
+    epr = "epr"
+    role = "role"
+    ll_r = "ll_r"
+    ll_ct = "ll_ct"
+    ll_cp = "ll_cp"
+    asl = "asl"
+    p_asl = "p_asl"
+    hill = "hill"
+    splc = "splc"
+    gr = "gr"
+    vlpl = "vlpl"
+    dualcoop = "dualcoop"
+    full_labels = "full_labels"
     zero_shot = "zero_shot"
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of an image that it trains on."""
+        several = {Method.scinet: ("weak", "medium", "strong"), Method.scpnet: ("weak", "strong")}
+        return several.get(self, ("weak",))
 
 
 class Profile(enum.Enum):
@@ -290,7 +309,7 @@ class Options:
 
     name: str = option("run", "name of the run; its directory is <output>/<name>")
     output: str = option("runs", "folder of the run directories")
-    method: Method = option(Method.scinet, "scinet, or a baseline under the same protocol")
+    method: Method = option(Method.scinet, "scinet, or a method of the zoo under the same protocol")
     profile: Profile = option(Profile.paper, "paper: all of method.md; release: the released trunk")
     seed: int = option(0, "seed of initialisation, order and augmentation", low=0)
     resume: bool = option(False, "go on with the run that the directory holds")
@@ -300,6 +319,7 @@ class Options:
     correlation: CorrelationOptions = field(default_factory=CorrelationOptions)
     fusion: FusionOptions = field(default_factory=FusionOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    zoo: ZooOptions = field(default_factory=ZooOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

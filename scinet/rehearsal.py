@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from scinet.data.batch import Batch, Share
-from scinet.data.views import VIEW_NAMES
 from scinet.distributed import Gathering, Ranks
 from scinet.engine import parameter_groups, uses_bf16
 from scinet.fusion.bank import Neighbours
@@ -34,9 +33,11 @@ from scinet.model.backbone import Backbone, TextTower
 from scinet.model.label_graph import text_correlation
 from scinet.model.network import Network, Output
 from scinet.model.teacher import Teacher
-from scinet.objective import Look, Objective, Phase
+from scinet.objective import Aim, Look, Objective, Phase
 from scinet.options import Memory, Method, Options
-from scinet.stopwatch import Stopwatch
+from scinet.zoo.catalogue import Frame, build
+from scinet.zoo.objective import Sight, ZooObjective
+from scinet.zoo.recipe import Everyone
 from scinet_kernels import estimate as kernel_cost
 
 
@@ -200,13 +201,16 @@ def rehearse(
         text = _FakeText(_faked(backbone.text._model, mode), backbone.text._tokenizer)
         towers = replace(backbone, image=_faked(backbone.image, mode), text=text)
         network = _FakeNetwork(towers, class_names, options.model, top_k=options.correlation.graph_top_k)
-        teacher = Teacher(network, decay=0.5) if options.method is Method.scinet else None
-        own_teacher = 0 if teacher is None else _bytes([*teacher.network.parameters(), *teacher.network.buffers()])
+        teacher = Teacher(network, decay=0.5)
+        own_teacher = _bytes([*teacher.network.parameters(), *teacher.network.buffers()])
+        if options.method is Method.vlpl:
+            own_teacher *= 2  # the untrained network is kept as it is kept
         if uses_bf16(options, device):
             network.to(torch.bfloat16)
         network.train()
         kept_text = live.kept_by(lambda: network.prompter(text))
-        fusion = None if teacher is None else _build_fusion(options, backbone.width, num_classes, device)
+        is_fused = options.method is Method.scinet
+        fusion = _build_fusion(options, backbone.width, num_classes, device) if is_fused else None
         batch = _batch(options, backbone, size, num_classes)
         step = _step(options, network, teacher, fusion, batch, live)
         return Rehearsal(
@@ -238,7 +242,7 @@ def _faked(module: Any, mode: FakeTensorMode) -> Any:
 
 
 def _batch(options: Options, backbone: Backbone, size: int, num_classes: int) -> Batch:
-    num_views = len(VIEW_NAMES) if options.method is Method.scinet else 1
+    num_views = len(options.method.views)
     side = options.model.image_size
     shape = (backbone.feature_width,) if options.data.cache_features else (3, side, side)
     labels = torch.zeros(size, num_classes, dtype=torch.int8)
@@ -259,7 +263,7 @@ class _Peaks(NamedTuple):
 def _step(
     options: Options,
     network: Network,
-    teacher: Teacher | None,
+    teacher: Teacher,
     fusion: _FakeFusion | None,
     batch: Batch,
     live: LiveBytes,
@@ -274,26 +278,54 @@ def _step(
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_gradient)  # type: ignore[no-untyped-call]
-    # its window is counted apart
-    thresholds = DynamicThresholds(
-        batch.observed.shape[1], hard_k=options.loss.hard_k, window=1, device=torch.device("cpu")
-    )
-    objective = Objective(options, fusion, thresholds, Stopwatch(torch.device("cpu")))
+    aim = _aim(options, teacher, fusion, batch)
     start, before = live.now, live.flop
     live.peak = start
-    look = None
-    if teacher is not None:
+    look: Look | Sight | None
+    if fusion is None:
+        look = _sighted(batch, options.train.global_batch_size)
+    else:
         taught = teacher.forward(batch.inputs[: len(batch.observed)])
         look = _gathered(taught, batch, options.train.global_batch_size)
     looked = live.now - start
     output = network(batch.inputs)
     kept = live.now - start - looked
-    loss = objective(output, batch, Phase(is_warm=True, epoch=1), float(len(batch.observed)), look).loss
+    loss = aim(output, batch, Phase(is_warm=True, epoch=1), float(len(batch.observed)), look, 0).loss
     fused, live.peak = live.peak - start - looked - kept, live.now
     torch.autograd.backward(loss)
     backward = live.peak - start - looked - kept
     flop = live.flop - before + (0 if fusion is None else fusion.flop)
     return _Peaks(tuple(moved), looked, kept, max(0, fused), max(0, backward), flop)
+
+
+def _aim(options: Options, teacher: Teacher, fusion: _FakeFusion | None, batch: Batch) -> Aim:
+    """Return the objective; tables of every sample's labels, and the thresholds' window, are counted apart."""
+    cpu, num_classes = torch.device("cpu"), batch.observed.shape[1]
+    ranks = Ranks(0, 1, cpu)
+    if fusion is not None:
+        thresholds = DynamicThresholds(num_classes, hard_k=options.loss.hard_k, window=1, device=cpu)
+        return Objective(options, fusion, thresholds, ranks)
+    frame = Frame(
+        num_samples=1,
+        num_classes=num_classes,
+        num_positives=1.0,
+        num_epochs=2,
+        device=cpu,
+        relation=lambda: torch.empty(num_classes, num_classes),
+        cosines=lambda inputs: teacher.forward(inputs).logits,
+    )
+    return ZooObjective(build(options, frame), ranks)
+
+
+def _sighted(batch: Batch, rows: int) -> Sight:
+    """Return the sight of a global batch whose rows have come from all ranks."""
+    sight = Sight(
+        [batch], lambda _: Output(batch.inputs, batch.inputs), Ranks(0, 1, torch.device("cpu")), has_gaps=False
+    )
+    shape = (rows, batch.observed.shape[1])
+    index = torch.zeros(rows, dtype=torch.int64)
+    sight._everyone = Everyone(torch.empty(shape), torch.zeros(shape, dtype=torch.int8), index)
+    return sight
 
 
 def _gathered(output: Output, batch: Batch, rows: int) -> Look:

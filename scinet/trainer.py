@@ -15,32 +15,30 @@ import torch
 from torch import Tensor
 
 from scinet import badnumbers
+from scinet.assembling import build_aim, start_bias
 from scinet.data.batch import Batch
 from scinet.data.stream import check_skipped
-from scinet.distributed import Ranks, gather_objects, gather_rows, share_first, sum_over_ranks
+from scinet.distributed import Ranks, gather_objects, share_first, sum_over_ranks
 from scinet.engine import Engine, partition, uses_bf16
 from scinet.errors import TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.fusion.confidence import Fusion
-from scinet.fusion.thresholds import DynamicThresholds
 from scinet.guard import Guard
 from scinet.layout import Part, held_parts, whole
 from scinet.materials import Materials, share_of
 from scinet.metering import Meter, Progress
-from scinet.model.label_graph import adjacency, text_correlation
+from scinet.model.label_graph import adjacency
 from scinet.model.network import Network, Output
 from scinet.model.teacher import Teacher
-from scinet.objective import Look, Objective, Phase, Step
-from scinet.options import CorrelationSource, Method, OnBadNumbers, OnBadSample, Options, Profile
+from scinet.objective import Aim, Look, Objective, Phase, Step
+from scinet.options import CorrelationSource, OnBadNumbers, OnBadSample, Options, Profile
 from scinet.rundir import RunDirectory
-from scinet.stopwatch import Stopwatch
 from scinet.telemetry import Rows, Voice
 from scinet.telemetry.observer import Observer, Standing
 
 _log = logging.getLogger(__name__)
 _MOST_FINDINGS = 3
-_TEACHER_VIEW = {Profile.paper: 1, Profile.release: 2}
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,10 @@ class Trainer:
         torch.manual_seed(options.seed)
         network = materials.network(options).to(ranks.device)
         share_first(network.buffers(), ranks)
-        self._start_bias(network)
+        start_bias(network, self._source, train.accumulation_steps, ranks)
         self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self.steps_per_epoch))
-        self.fusion, self.thresholds = self._build_fusion(network), self._build_thresholds()
-        self._fusing = Stopwatch(ranks.device)
-        self._objective = Objective(options, self.fusion, self.thresholds, self._fusing)
+        self._aim: Aim = build_aim(options, materials, network, ranks)
+        self.fusion = self._aim.fusion if isinstance(self._aim, Objective) else None
         if uses_bf16(options, ranks.device):
             network.to(torch.bfloat16)
         self.engine = Engine(network, options, ranks.world_size, ranks.device, self.total_steps)
@@ -93,55 +90,6 @@ class Trainer:
         self._meter = Meter(
             log, ranks, num_classes=materials.card.num_classes, accumulation_steps=train.accumulation_steps
         )
-
-    def _build_fusion(self, network: Network) -> Fusion | None:
-        if self._options.method is not Method.scinet:
-            return None
-        train = self._materials.card.split("train")
-        options = self._options.fusion
-        if self._options.profile is Profile.release:
-            # its targets come from the label correlation alone: no bank, no memory (method.md section 5)
-            options = replace(options, enabled=False)
-        return Fusion(
-            options,
-            self._options.correlation,
-            text_correlation(network.prompter.get_buffer("fixed")),
-            width=self._materials.backbone.width,
-            num_samples=self._materials.card.num_indices,
-            samples_per_epoch=train.num_samples,
-        )
-
-    def _build_thresholds(self) -> DynamicThresholds:
-        loss = self._options.loss
-        num_classes = self._materials.card.num_classes
-        return DynamicThresholds(
-            num_classes, hard_k=loss.hard_k, window=loss.threshold_window, device=self._ranks.device
-        )
-
-    def _start_bias(self, network: Network) -> None:
-        """Start b so that the mean probability on the first batch is the label density (method.md section 2)."""
-        if network.bias is None:
-            return
-        micro = islice(self._source.epoch(0), self._options.train.accumulation_steps)
-        rows: list[tuple[Tensor, Tensor]] = []
-        for batch in (batch.to(self._ranks.device) for batch in micro):
-            with torch.no_grad():
-                logits = gather_rows(network(batch.inputs[: len(batch.observed)]).logits, self._ranks).double()
-            valid = gather_rows(batch.valid, self._ranks)
-            rows.append((logits[valid], gather_rows(batch.observed, self._ranks)[valid]))
-        logits, observed = (torch.cat(column) for column in zip(*rows, strict=True))
-        if not len(logits):
-            return
-        positives, negatives = (observed > 0).sum(), (observed < 0).sum()
-        # without a known negative the density among known cells would be 1
-        cells = positives + negatives if negatives else torch.tensor(observed.numel())
-        density = (positives + 0.5) / (cells + 1.0)
-        low, high = -50.0, 50.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if torch.sigmoid(logits + middle).mean() > density else (middle, high)
-        with torch.no_grad():
-            network.bias.fill_(middle)
 
     @property
     def is_finished(self) -> bool:
@@ -196,7 +144,7 @@ class Trainer:
             saved_s = time.monotonic() - done
             self._guard.boundary("going on")  # a GPU has done the step only there
             seconds = time.monotonic() - started - saved_s
-            self._observer.step(seconds=seconds, waited_s=waited_s, fusion_s=self._fusing.take())
+            self._observer.step(seconds=seconds, waited_s=waited_s, fusion_s=self._aim.fusion_seconds())
 
     def _count(self, micro: list[Batch]) -> int:
         """Return the samples of a global batch, and keep count of those that were skipped. Collective.
@@ -233,48 +181,37 @@ class Trainer:
         warmup_steps = self._options.loss.warmup_fraction * self.total_steps
         phase = Phase(is_warm=self.progress.step >= warmup_steps, epoch=self.progress.epoch)
         size = num_valid / train.accumulation_steps
-        look = self._look(micro, has_gaps=num_valid < train.global_batch_size)
+        has_gaps = num_valid < train.global_batch_size
+        look = self._aim.look(micro, self.teacher.forward, self.engine.forward, has_gaps=has_gaps)
         steps = []
         for place, batch in enumerate(micro):
             student = self.engine.forward(batch.inputs)
-            steps.append(self._objective(student, batch, phase, size, look, place))
+            steps.append(self._aim(student, batch, phase, size, look, place))
             is_sound = self.engine.step(steps[-1].loss)
         self.progress.step += 1
         if not is_sound:
 
             def lose(output: Output, place: int) -> Step:
-                return self._objective(output, micro[place], phase, size, look, place)
+                return self._aim(output, micro[place], phase, size, look, place)
 
             self._leave_out(micro, look, lose)
             return []
         self.progress.bad_in_a_row = 0
-        if look is not None and self.fusion is not None:
-            everyone, passed = look.answers()
-            with self._fusing:
-                self.fusion.update(everyone)
-                self.thresholds.update(passed)
-                self._refresh_graph(self.fusion)
+        ends_epoch = self.progress.step % self.steps_per_epoch == 0
+        self._aim.update(look, phase, ends_epoch=ends_epoch)
+        if ends_epoch and self.fusion is not None:
+            self._refresh_graph(self.fusion)
         self.teacher.update(self.engine.network)
         return steps
-
-    def _look(self, micro: list[Batch], *, has_gaps: bool) -> Look | None:
-        """Let the teacher see the whole global batch; baselines have no use for it. Collective."""
-        if self.fusion is None:
-            return None
-        view = _TEACHER_VIEW[self._options.profile]
-        outputs = [self.teacher.forward(batch.inputs.chunk(3)[view]) for batch in micro]
-        return Look(outputs, micro, self._ranks, has_gaps=has_gaps)
 
     def _refresh_graph(self, fusion: Fusion) -> None:
         """Let the label graph follow the observed correlation, once an epoch: it moves slowly and costs C^2 log C."""
         follows = self._options.correlation.source is not CorrelationSource.text
-        if self._options.profile is Profile.release or not follows:
-            return
-        if self.progress.step % self.steps_per_epoch == 0:
+        if self._options.profile is not Profile.release and follows:
             graph = adjacency(fusion.correlation.shrunk(), self._options.correlation.graph_top_k)
             self.engine.network.get_buffer("graph").copy_(graph)
 
-    def _leave_out(self, micro: list[Batch], look: Look | None, lose: Callable[[Output, int], Step]) -> None:
+    def _leave_out(self, micro: list[Batch], look: Any, lose: Callable[[Output, int], Step]) -> None:
         """Say where a step's bad numbers come from, keep the batches, and go on or stop. Collective.
 
         Raises:
@@ -285,7 +222,7 @@ class Trainer:
         progress.bad_in_a_row += 1
         findings = []
         for place, batch in enumerate(micro):
-            is_teachers = look is not None and not bool(look.mine[place].confidence.isfinite().all())
+            is_teachers = isinstance(look, Look) and not bool(look.mine[place].confidence.isfinite().all())
             where = badnumbers.find(self.engine.network, batch, place, lose)
             if is_teachers or where:
                 where = "in the teacher's output" if is_teachers else str(where)
@@ -352,15 +289,13 @@ class Trainer:
 
         Random numbers need none: masks, order, views and variants are functions of the seed, epoch and sample.
         """
-        kept: dict[str, dict[str, Tensor]] = {"thresholds": self.thresholds.state_dict()}
-        if self.fusion is not None:
-            kept["fusion"] = self.fusion.state_dict()
+        kept = self._aim.state_dict()
         parts = [
             *_renamed("student", self.engine.layout.parts()),
             *_buffers("student", self.engine.network),
             *_renamed("teacher", held_parts(self.teacher.network)),
             *_buffers("teacher", self.teacher.network),
-            *(whole(f"{who}/{name}", value) for who, state in kept.items() for name, value in state.items()),
+            *(whole(name, value) for name, value in kept.items()),
         ]
         scalars = {
             "progress": vars(self.progress),
@@ -374,9 +309,7 @@ class Trainer:
             self.engine.go_on(self.progress.step, saved["updates"])
             self.teacher.steps = saved["teacher_steps"]
             self._meter.restore(saved["meter"])
-            self.thresholds.load_state_dict(kept["thresholds"])
-            if self.fusion is not None:
-                self.fusion.load_state_dict(kept["fusion"])
+            self._aim.load_state_dict(kept)
 
         return State(parts, copy.deepcopy(scalars), settle)
 

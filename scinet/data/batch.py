@@ -18,7 +18,7 @@ from scinet.data.examples import Cells, Decoder, Example, Mask
 from scinet.data.loading import loaded
 from scinet.data.masks import derive
 from scinet.data.stream import BadSamples, Order, SampleStream
-from scinet.data.views import Views
+from scinet.data.views import VIEW_NAMES, Views
 from scinet.errors import ConfigError
 from scinet.options import DataOptions, OnBadSample
 
@@ -232,9 +232,12 @@ class Features:
 class FeatureBatches:
     """Batches from cached features: an epoch draws one of the variants of each view of each sample."""
 
-    def __init__(self, features: Features, options: DataOptions, num_views: int, share: Share, seed: int) -> None:
+    def __init__(
+        self, features: Features, options: DataOptions, view_names: Sequence[str], share: Share, seed: int
+    ) -> None:
         """Mask the labels once; they do not change."""
-        self._features, self._num_views, self._share, self._seed = features, num_views, share, seed
+        self._features, self._share, self._seed = features, share, seed
+        self._views = [VIEW_NAMES.index(name) for name in view_names]
         mask = Mask(options)
         # a row without a sample has no id, which a mask file would miss, and no label
         rows = [
@@ -252,7 +255,7 @@ class FeatureBatches:
         generator = torch.Generator().manual_seed(derive(self._seed, "order", epoch))
         order = torch.randperm(self.num_samples, generator=generator)
         variants = self._features.random.shape[1]
-        drawn = torch.randint(variants, (self.num_samples, self._num_views), generator=generator)
+        drawn = torch.randint(variants, (self.num_samples, len(self._views)), generator=generator)
         places = torch.full((self.steps_per_epoch * share.global_batch_size,), -1)
         length = share.length(self.num_samples)
         places[:length] = order[:length]
@@ -266,9 +269,9 @@ class FeatureBatches:
         rows = rows.clamp_min(0)
         index = torch.where(has_row, self._features.index[rows], -1)
         valid = index >= 0
-        views = [self._features.random[rows, drawn[rows, view], view] for view in range(self._num_views)]
+        views = [self._features.random[rows, drawn[rows, column], view] for column, view in enumerate(self._views)]
         return Batch(
-            inputs=torch.where(valid.repeat(self._num_views).unsqueeze(1), torch.cat(views).float(), 0.0),
+            inputs=torch.where(valid.repeat(len(self._views)).unsqueeze(1), torch.cat(views).float(), 0.0),
             observed=torch.where(valid.unsqueeze(1), self._observed[rows], 0),
             truth=torch.where(valid.unsqueeze(1), self._features.truth[rows], 0),
             index=index,

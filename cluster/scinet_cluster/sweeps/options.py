@@ -9,7 +9,8 @@ from typing import Any
 
 from scinet import config
 from scinet.errors import ConfigError
-from scinet.options import Options, option
+from scinet.option import option
+from scinet.options import Options
 from scinet_cluster.sweeps import space
 
 # what a sweep decides of its trials; they run side by side, so each picks a port

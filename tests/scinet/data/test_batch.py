@@ -23,7 +23,7 @@ from scinet.data.card import DataCard
 from scinet.data.mask_file import Header, Row
 from scinet.data.masks import observe
 from scinet.data.stream import Order, SampleStream
-from scinet.data.views import Drawn, Normalisation, Views, decode
+from scinet.data.views import VIEW_NAMES, Drawn, Normalisation, Views, decode
 from scinet.errors import ConfigError, DataError
 from scinet.options import DataOptions, OnBadSample
 from tests.scinet.conftest import MakeShards, spoil
@@ -83,10 +83,10 @@ def test_image_batches_of_all_ranks_are_those_of_one_when_interleaved(
 def test_feature_batches_of_all_ranks_are_those_of_one_when_interleaved(
     features: Features, world_size: int, accumulation: int
 ) -> None:
-    alone = _samples(FeatureBatches(features, OPTIONS, 3, Share(0, 1, 12, 1), seed=5), 3)
+    alone = _samples(FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 12, 1), seed=5), 3)
     assert len(alone) == len({row[0] for row in alone}) == 24
     for rank in range(world_size):
-        mine = FeatureBatches(features, OPTIONS, 3, Share(rank, world_size, 12, accumulation), seed=5)
+        mine = FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(rank, world_size, 12, accumulation), seed=5)
         assert mine.steps_per_epoch == 2
         assert [len(b.ids) for b in mine.epoch(0)] == [12 // world_size // accumulation] * (2 * accumulation)
         assert _samples(mine, 3) == alone[rank::world_size]
@@ -100,7 +100,7 @@ def make_source(request: pytest.FixtureRequest, shards: DataCard, features: Feat
     def make(share: Share, options: DataOptions) -> BatchSource:
         if request.param == "images":
             return ImageBatches(shards, options, VIEWS, ("weak", "strong"), share, seed=5)
-        return FeatureBatches(features, options, 2, share, seed=5)
+        return FeatureBatches(features, options, VIEW_NAMES[:2], share, seed=5)
 
     return make
 
@@ -226,7 +226,7 @@ def test_image_batch_holds_the_sample_it_names_when_read(shards: DataCard) -> No
 
 
 def test_feature_batch_holds_the_sample_it_names_when_read(features: Features) -> None:
-    source = FeatureBatches(features, OPTIONS, 3, Share(0, 1, 29, 1), seed=5)
+    source = FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 29, 1), seed=5)
     (batch,) = source.epoch(0)
     assert sorted(batch.ids) == sorted(features.ids)
     assert batch.inputs.dtype == torch.float32
@@ -242,7 +242,7 @@ def test_feature_batch_holds_the_sample_it_names_when_read(features: Features) -
 
 
 def test_epochs_differ_in_order_and_variants_when_they_follow_each_other(features: Features) -> None:
-    source = FeatureBatches(features, OPTIONS, 3, Share(0, 1, 29, 1), seed=5)
+    source = FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 29, 1), seed=5)
     first, second, again = (_samples(source, 3, epoch) for epoch in (0, 1, 0))
     assert first == again
     assert [row[0] for row in first] != [row[0] for row in second]
@@ -251,7 +251,7 @@ def test_epochs_differ_in_order_and_variants_when_they_follow_each_other(feature
 
 
 def test_batch_keeps_everything_when_moved(features: Features) -> None:
-    batch = next(iter(FeatureBatches(features, OPTIONS, 3, Share(0, 1, 4, 1), seed=5).epoch(0)))
+    batch = next(iter(FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 4, 1), seed=5).epoch(0)))
     assert _rows(batch.to(torch.device("cpu")), 3) == _rows(batch, 3)
 
 
@@ -272,7 +272,7 @@ def test_arithmetic_is_said_when_the_global_batch_does_not_divide(
 def test_both_sizes_are_said_when_the_global_batch_exceeds_the_samples(features: Features, shards: DataCard) -> None:
     share = Share(0, 1, 30, 1)
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=30 is more than the 29 training samples"):
-        FeatureBatches(features, OPTIONS, 3, share, seed=0)
+        FeatureBatches(features, OPTIONS, VIEW_NAMES, share, seed=0)
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=30 is more than the 29 training samples"):
         ImageBatches(shards, OPTIONS, VIEWS, ("weak",), share, seed=0)
 
@@ -299,7 +299,7 @@ def test_labels_are_those_of_the_file_when_a_mask_file_is_given(
     options = dataclasses.replace(OPTIONS, mask_file=str(path), workers=2)
     for source in (
         ImageBatches(shards, options, VIEWS, ("weak",), Share(0, 1, 7, 1), seed=5),
-        FeatureBatches(features, options, 3, Share(0, 1, 29, 1), seed=5),
+        FeatureBatches(features, options, VIEW_NAMES, Share(0, 1, 29, 1), seed=5),
     ):
         for batch in source.epoch(0):
             for name, row in zip(batch.ids, batch.observed, strict=True):
@@ -311,4 +311,6 @@ def test_features_are_refused_when_the_mask_file_lacks_one(features: Features, t
     path = tmp_path / "mask.jsonl"
     mask_file.write(path, Header(("a", "b", "c"), "", "", "", 0, None, False, None), [Row(features.ids[0], (), ())])
     with pytest.raises(DataError, match="no sample 'id-1'"):
-        FeatureBatches(features, dataclasses.replace(OPTIONS, mask_file=str(path)), 3, Share(0, 1, 29, 1), seed=5)
+        FeatureBatches(
+            features, dataclasses.replace(OPTIONS, mask_file=str(path)), VIEW_NAMES, Share(0, 1, 29, 1), seed=5
+        )

@@ -1,0 +1,122 @@
+"""What a trainer is put together from: its aim, with the state of SCINet or of a method of the zoo, and its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from scinet.data.batch import BatchSource
+from scinet.distributed import Ranks, gather_rows
+from scinet.fusion.confidence import Fusion
+from scinet.fusion.thresholds import DynamicThresholds
+from scinet.materials import Materials
+from scinet.model.label_graph import propagation, text_correlation
+from scinet.model.network import Network
+from scinet.model.teacher import Teacher
+from scinet.objective import Aim, Objective
+from scinet.options import Method, Options, Profile
+from scinet.zoo.catalogue import Frame, build
+from scinet.zoo.objective import ZooObjective
+
+
+def build_aim(options: Options, materials: Materials, network: Network, ranks: Ranks) -> Aim:
+    """Return the objective of the configured method.
+
+    Args:
+        options: the whole configuration.
+        materials: data and towers.
+        network: the student, with the start of its bias.
+        ranks: this process.
+
+    Raises:
+        ConfigError: if a table of every sample's labels would exceed its budget.
+    """
+    if options.method is not Method.scinet:
+        return ZooObjective(build(options, _frame(options, materials, network, ranks)), ranks)
+    fusion = options.fusion
+    if options.profile is Profile.release:
+        # its targets come from the label correlation alone: no bank, no memory (method.md section 5)
+        fusion = replace(fusion, enabled=False)
+    loss = options.loss
+    return Objective(
+        options,
+        Fusion(
+            fusion,
+            options.correlation,
+            text_correlation(network.prompter.get_buffer("fixed")),
+            width=materials.backbone.width,
+            num_samples=materials.card.num_indices,
+            samples_per_epoch=materials.card.split("train").num_samples,
+        ),
+        DynamicThresholds(
+            materials.card.num_classes, hard_k=loss.hard_k, window=loss.threshold_window, device=ranks.device
+        ),
+        ranks,
+    )
+
+
+def _frame(options: Options, materials: Materials, network: Network, ranks: Ranks) -> Frame:
+    train = materials.card.split("train")
+    correlation = options.correlation
+
+    def relation() -> Tensor:
+        text = text_correlation(network.prompter.get_buffer("fixed"))
+        return propagation(text, correlation.graph_top_k, correlation.temperature)
+
+    return Frame(
+        num_samples=materials.card.num_indices,
+        num_classes=materials.card.num_classes,
+        num_positives=sum(train.num_positives) / max(1, train.num_samples),
+        num_epochs=options.train.epochs,
+        device=ranks.device,
+        relation=relation,
+        cosines=_untrained(options, materials, ranks),
+    )
+
+
+def _untrained(options: Options, materials: Materials, ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    """Return the zero-shot classifier, from inputs to cosines [B, C]; it is made where it is first asked for."""
+    made: list[Teacher] = []
+
+    def cosines(inputs: Tensor) -> Tensor:
+        if not made:
+            made.append(Teacher(materials.network(options).to(ranks.device), decay=1.0))
+        return made[0].forward(inputs).logits / made[0].network.scale
+
+    return cosines
+
+
+def start_bias(network: Network, source: BatchSource, num_micro_batches: int, ranks: Ranks) -> None:
+    """Start b so that the mean probability on the first batch is the label density (method.md section 2). Collective.
+
+    Args:
+        network: whose bias is set, where it has one.
+        source: of the training split.
+        num_micro_batches: of a global batch.
+        ranks: this process.
+    """
+    if network.bias is None:
+        return
+    rows: list[tuple[Tensor, Tensor]] = []
+    for batch in (batch.to(ranks.device) for batch in islice(source.epoch(0), num_micro_batches)):
+        with torch.no_grad():
+            logits = gather_rows(network(batch.inputs[: len(batch.observed)]).logits, ranks).double()
+        valid = gather_rows(batch.valid, ranks)
+        rows.append((logits[valid], gather_rows(batch.observed, ranks)[valid]))
+    logits, observed = (torch.cat(column) for column in zip(*rows, strict=True))
+    if not len(logits):
+        return
+    positives, negatives = (observed > 0).sum(), (observed < 0).sum()
+    # without a known negative the density among known cells would be 1
+    cells = positives + negatives if negatives else torch.tensor(observed.numel())
+    density = (positives + 0.5) / (cells + 1.0)
+    low, high = -50.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if torch.sigmoid(logits + middle).mean() > density else (middle, high)
+    with torch.no_grad():
+        network.bias.fill_(middle)
