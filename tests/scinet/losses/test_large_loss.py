@@ -1,0 +1,41 @@
+"""Which unknown cells are rejected: so many percent of all cells, of the largest losses in the global batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scinet.losses.large_loss import is_rejected, rejected_cells, smallest_rejected_loss
+
+
+@pytest.mark.parametrize(
+    ("epoch", "is_permanent", "count"),
+    [(0, False, 0), (1, False, 1), (2, False, 1), (7, False, 3), (0, True, 0), (1, True, 1), (7, True, 1)],
+)
+def test_share_grows_with_the_epochs_unless_corrections_stay(epoch: int, is_permanent: bool, count: int) -> None:
+    assert rejected_cells(200, 0.2, epoch, is_permanent=is_permanent) == count
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 99), count=st.integers(1, 30))
+def test_rejected_are_the_largest_losses_of_unknown_cells(seed: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, 7, generator=generator)
+    observed = torch.randint(-1, 2, (6, 7), generator=generator).to(torch.int8)
+    smallest = smallest_rejected_loss(logits, observed, count)
+    rejected = is_rejected(logits, observed, smallest)
+    unknown = sorted(logits[observed == 0].tolist(), reverse=True)
+    assert sorted(logits[rejected].tolist(), reverse=True) == unknown[:count]
+    assert not rejected[observed != 0].any()
+    strictly = is_rejected(logits, observed, smallest, strictly=True)
+    assert int(strictly.sum()) == (count - 1 if count <= len(unknown) else len(unknown))
+
+
+def test_parts_of_a_batch_reject_what_the_whole_does() -> None:
+    logits, observed = torch.randn(8, 5), torch.randint(-1, 2, (8, 5))
+    smallest = smallest_rejected_loss(logits, observed, 6)
+    whole = is_rejected(logits, observed, smallest)
+    parts = [is_rejected(logits[rows], observed[rows], smallest) for rows in (slice(0, 3), slice(3, 8))]
+    assert torch.equal(torch.cat(parts), whole)
