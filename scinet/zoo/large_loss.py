@@ -35,32 +35,27 @@ class LargeLoss(Recipe):
             return observed
         return torch.where(self._corrected[index.clamp_min(0)], 1, observed)
 
-    def _smallest(self, everyone: Everyone, epoch: int) -> Tensor | None:
-        """Return the loss from which unknown cells are rejected, or None if none is."""
+    def _rejected(self, everyone: Everyone, epoch: int, *, strictly: bool = False) -> Tensor:
+        """Return which cells of the global batch are rejected: [G, C] bool."""
+        observed = self._labels(everyone.observed, everyone.index)
         is_permanent = self._corrected is not None
         count = rejected_cells(everyone.logits.numel(), self._percent, epoch, is_permanent=is_permanent)
         if not count:
-            return None
-        return smallest_rejected_loss(everyone.logits, self._labels(everyone.observed, everyone.index), count)
+            return torch.zeros_like(observed, dtype=torch.bool)
+        smallest = smallest_rejected_loss(everyone.logits, observed, count)
+        return is_rejected(everyone.logits, observed, smallest, strictly=strictly)
 
     def loss(self, logits: Tensor, batch: Batch, epoch: int, everyone: Everyone | None) -> dict[str, Tensor]:
         """Return the loss with rejected cells left out or turned."""
         assert everyone is not None
         observed = self._labels(batch.observed, batch.index)
-        smallest = self._smallest(everyone, epoch)
-        rejected = torch.zeros_like(observed, dtype=torch.bool)
-        if smallest is not None:
-            rejected = is_rejected(logits.detach(), observed, smallest)
+        rejected = self._rejected(everyone, epoch)[everyone.places(batch)]
         return {"supervised": over_valid(large_loss(logits, observed, rejected, corrects=self._corrects), batch)}
 
     def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
         """Keep the corrections of Cp."""
-        if self._corrected is None:
-            return
-        smallest = self._smallest(everyone, epoch)
-        if smallest is not None:
-            observed = self._labels(everyone.observed, everyone.index)
-            self._corrected[everyone.index] |= is_rejected(everyone.logits, observed, smallest, strictly=True)
+        if self._corrected is not None:
+            self._corrected[everyone.index] |= self._rejected(everyone, epoch, strictly=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the table of Cp."""

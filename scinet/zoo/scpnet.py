@@ -33,6 +33,7 @@ class StructuredConsistency(Recipe):
 
     def loss(self, logits: Tensor, batch: Batch, epoch: int, everyone: Everyone | None) -> dict[str, Tensor]:
         """Return supervised loss and both consistency losses."""
+        assert everyone is not None
         weak, strong = logits.chunk(2)
         robust, loss, observed = self._robust, self._loss, batch.observed
         supervised = self_paced(
@@ -43,7 +44,7 @@ class StructuredConsistency(Recipe):
             gamma=robust.gamma,
             corrects=epoch >= robust.start,
         )
-        probabilities = torch.sigmoid(weak.detach())
+        probabilities = torch.sigmoid(everyone.logits)[everyone.places(batch)]
         labels, is_confident, _ = self._thresholds.pseudo_labels(probabilities, observed)
         rows = (is_confident & batch.valid).float().unsqueeze(1).expand_as(weak)
         weight = loss.unlabelled_weight

@@ -37,7 +37,7 @@ class Selective(Recipe):
             count = self._options.ignored * len(seen)
             least = least_likely_positive(seen, everyone.observed, count)
             common = self._sum > self._options.common * self._count
-            selected = is_selected(torch.sigmoid(logits.detach()), batch.observed, least, common=common)
+            selected = is_selected(seen, everyone.observed, least, common=common)[everyone.places(batch)]
         return {
             "supervised": over_valid(partial_asymmetric(logits, batch.observed, selected, focus=self._focus), batch)
         }

@@ -82,9 +82,7 @@ Formula = Callable[[float, int], float]
 
 
 def _asl(logits: Tensor, observed: Tensor, *, gamma_unknown: float | None) -> Tensor:
-    return asymmetric(
-        logits, observed, gamma_positive=1.5, gamma_negative=3.0, margin=0.1, gamma_unknown=gamma_unknown
-    )
+    return asymmetric(logits, observed, gamma_positive=1.5, gamma_negative=3.0, margin=0.1, gamma_unknown=gamma_unknown)
 
 
 def _of_estimates(logits: Tensor, observed: Tensor) -> Tensor:
