@@ -133,7 +133,7 @@ class ImageBatches:
         """Check that the batches divide; nothing is read yet."""
         self._card, self._options, self._views, self._share, self._seed = card, options, views, share, seed
         self._view_names = tuple(view_names)
-        self._mask = Mask(options)
+        self._mask = Mask(options, card.training_positives)
         self._buffers = Buffers()
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
@@ -232,10 +232,9 @@ class Features:
 class FeatureBatches:
     """Batches from cached features: an epoch draws one of the variants of each view of each sample."""
 
-    def __init__(self, features: Features, options: DataOptions, num_views: int, share: Share, seed: int) -> None:
+    def __init__(self, features: Features, mask: Mask, num_views: int, share: Share, seed: int) -> None:
         """Mask the labels once; they do not change."""
         self._features, self._num_views, self._share, self._seed = features, num_views, share, seed
-        mask = Mask(options)
         # a row without a sample has no id, which a mask file would miss, and no label
         rows = [
             mask(row.numpy(), name) if name else row.numpy()
