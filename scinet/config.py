@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from scinet.errors import ConfigError, nearest
-from scinet.options import BiDominant, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
+from scinet.options import BiDominant, DataOptions, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
 
 T = TypeVar("T")
 _Known = dict[str, tuple[dataclasses.Field[Any], Any]]
@@ -256,6 +256,7 @@ def _relations(options: Options) -> Iterator[str]:
         yield "'data.cache_features' needs 'model.freeze_image=true': features of a tower that trains go stale"
     if data.mask_file and data.single_positive:
         yield "'data.single_positive' makes a mask and 'data.mask_file' reads one: set one of the two"
+    yield from _label_relations(data)
     if fusion.momentum > 0 and fusion.memory is Memory.none:
         yield "'fusion.momentum' above 0 needs 'fusion.memory=dense': set that, or 'fusion.momentum=0'"
     if options.profile is Profile.release and model.bi_dominant is not BiDominant.none:
@@ -276,6 +277,19 @@ def _relations(options: Options) -> Iterator[str]:
         for key in keys:
             if key in options.deepspeed:
                 yield f"'deepspeed.{key}' is derived: set {instead}"
+
+
+def _label_relations(data: DataOptions) -> Iterator[str]:
+    changed = {
+        "'data.class_ratio_spread'": data.class_ratio_spread > 0,
+        "'data.annotated_classes'": data.annotated_classes < 1,
+        "'data.flipped_labels'": data.flipped_labels > 0,
+    }
+    for key in [key for key, is_changed in changed.items() if is_changed]:
+        if data.mask_file:
+            yield f"{key} changes how a mask is drawn and 'data.mask_file' reads one: set one of the two"
+        elif data.single_positive and key != "'data.annotated_classes'":
+            yield f"{key} needs labels of 'data.known_ratio', which 'data.single_positive' replaces: set one of the two"
 
 
 def _telemetry_relations(telemetry: TelemetryOptions) -> Iterator[str]:

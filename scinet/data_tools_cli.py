@@ -75,6 +75,9 @@ def mask(
     known_ratio: Annotated[float | None, typer.Option(min=0, max=1, help="Share of the cells that stay known.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the mask, as data.mask_seed.")] = 0,
     single_positive: Annotated[bool, typer.Option("--single-positive", help="One positive an image.")] = False,
+    class_ratio_spread: Annotated[float, typer.Option(min=0, max=1, help="As data.class_ratio_spread.")] = 0.0,
+    annotated_classes: Annotated[float, typer.Option(min=0.001, max=1, help="As data.annotated_classes.")] = 1.0,
+    flipped_labels: Annotated[float, typer.Option(min=0, max=1, help="As data.flipped_labels.")] = 0.0,
     split: Annotated[str, typer.Option(help="train, holdout or test.")] = "train",
     out: Annotated[Path | None, typer.Option("--out", help="Write the mask here, for data.mask_file.")] = None,
     from_: Annotated[Path | None, typer.Option("--from", help="Read a published mask: JSONL, or CSV.")] = None,
@@ -83,15 +86,31 @@ def mask(
     json_: AsJson = False,
 ) -> None:
     """Show what a mask leaves known, class by class: scinet data mask data/scenes --known-ratio 0.1 --seed 0."""
+    from scinet import config as configuration
     from scinet import masktool
+    from scinet.options import Options
 
     if from_ is None and (known_ratio is None) != single_positive:
         raise ConfigError("give one of --known-ratio, --single-positive and --from FILE")
-    if from_ is not None and single_positive:
-        raise ConfigError("--single-positive makes a mask and --from reads one: give one of the two")
+    if from_ is not None and (single_positive or class_ratio_spread or annotated_classes < 1 or flipped_labels):
+        raise ConfigError(
+            "--from reads a mask; --single-positive, --class-ratio-spread, --annotated-classes and --flipped-labels "
+            "draw one: give one or the other"
+        )
     if from_ is None and (negative or unknown):
         raise ConfigError("--negative and --unknown explain the codes of --from FILE, which is not given")
-    asked = masktool.Asked(directory, split, known_ratio, seed, single_positive, from_, negative, unknown, out)
+    if flipped_labels and out is not None:
+        raise ConfigError("--out would write labels that contradict the shards: train with data.flipped_labels instead")
+    drawn = configuration.replace(
+        Options(),
+        data__known_ratio=known_ratio or 0.0,
+        data__mask_seed=seed,
+        data__single_positive=single_positive,
+        data__class_ratio_spread=class_ratio_spread,
+        data__annotated_classes=annotated_classes,
+        data__flipped_labels=flipped_labels,
+    ).data
+    asked = masktool.Asked(directory, split, known_ratio, drawn, from_, negative, unknown, out)
     with _terminal() as terminal:
         result = masktool.look(asked, terminal.progress)
     print(json.dumps(result.to_json(), indent=1) + "\n" if json_ else masktool.report(result), end="")

@@ -223,7 +223,9 @@ class _FromShard:
 
 def _plain_webdataset(material: _Material, setting: Setting) -> int:
     paths = [str(path) for path in material.card.shard_paths("train")]
-    mapped = _FromShard(material.views, Mask(material.options), material.card.num_classes)
+    mapped = _FromShard(
+        material.views, Mask(material.options, material.card.training_positives), material.card.num_classes
+    )
     pipeline = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).shuffle(512).map(mapped)
     # the batches of a worker that has few shards are short, and counted as they are
     batches = DataLoader(pipeline.batched(setting.batch), batch_size=None, num_workers=setting.workers)
@@ -234,7 +236,11 @@ class _FileDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """What a torch user writes: one file an image, the labels in memory."""
 
     def __init__(self, material: _Material) -> None:
-        self._folder, self._views, self._mask = material.folder, material.views, Mask(material.options)
+        self._folder, self._views, self._mask = (
+            material.folder,
+            material.views,
+            Mask(material.options, material.card.training_positives),
+        )
         self._labels = [(sample.sample_id, sample.truth) for sample in material.stored]
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from scinet.data import mask_file, sources
 from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import SPLITS, DataCard
+from scinet.data.examples import Mask
 from scinet.data.views import Views
 from scinet.distributed import Ranks, first_rank_first
 from scinet.errors import ConfigError
@@ -37,7 +38,8 @@ class Materials:
         """Return the batches of the training split, with the views that the method trains on."""
         names = options.method.views
         if "train" in self.features:
-            return FeatureBatches(self.features["train"], options.data, names, share, options.seed)
+            mask = Mask(options.data, self.card.training_positives)
+            return FeatureBatches(self.features["train"], mask, names, share, options.seed)
         return ImageBatches(self.card, options.data, self.views, names, share, options.seed)
 
     def plain(self, split: str) -> PlainSplit:

@@ -155,6 +155,15 @@ class DataOptions:
     prepare: str = option("scinet data build scenes --out data/scenes", "the command that makes that folder")
     known_ratio: float = option(0.3, "share of the (image, class) cells whose label is known", low=0.0, high=1.0)
     single_positive: bool = option(False, "keep one positive an image and nothing else, instead of known_ratio")
+    class_ratio_spread: float = option(
+        0.0, "0: known_ratio in every class .. 1: evenly from 0 to twice it (above 0.5: from 1 down)", low=0.0, high=1.0
+    )
+    annotated_classes: float = option(
+        1.0, "share of the classes, most frequent in training first, of which labels are known", low=0.001, high=1.0
+    )
+    flipped_labels: float = option(
+        0.0, "share of the known labels that are wrong: present and absent exchanged", low=0.0, high=1.0
+    )
     mask_seed: int = option(0, "seed of the label mask; masks of one seed are nested over known_ratio", low=0)
     mask_file: str = option("", "label mask of `scinet data mask --out`, instead of known_ratio and mask_seed")
     lanes: int = option(16, "streams an epoch is cut into; best a multiple of ranks x workers", low=1, high=4096)

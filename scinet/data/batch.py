@@ -133,7 +133,7 @@ class ImageBatches:
         """Check that the batches divide; nothing is read yet."""
         self._card, self._options, self._views, self._share, self._seed = card, options, views, share, seed
         self._view_names = tuple(view_names)
-        self._mask = Mask(options)
+        self._mask = Mask(options, card.training_positives)
         self._buffers = Buffers()
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
@@ -232,13 +232,10 @@ class Features:
 class FeatureBatches:
     """Batches from cached features: an epoch draws one of the variants of each view of each sample."""
 
-    def __init__(
-        self, features: Features, options: DataOptions, view_names: Sequence[str], share: Share, seed: int
-    ) -> None:
+    def __init__(self, features: Features, mask: Mask, view_names: Sequence[str], share: Share, seed: int) -> None:
         """Mask the labels once; they do not change."""
         self._features, self._share, self._seed = features, share, seed
         self._views = [VIEW_NAMES.index(name) for name in view_names]
-        mask = Mask(options)
         # a row without a sample has no id, which a mask file would miss, and no label
         rows = [
             mask(row.numpy(), name) if name else row.numpy()

@@ -93,6 +93,11 @@ class DataCard:
         return sum(split.num_samples for split in self.splits.values())
 
     @property
+    def training_positives(self) -> tuple[int, ...]:
+        """Known positives of each class in the training split; zeros without one."""
+        return self.splits["train"].num_positives if "train" in self.splits else (0,) * self.num_classes
+
+    @property
     def listing(self) -> str:
         """Each split with its number of samples, for messages."""
         return ", ".join(f"{name} ({split.num_samples})" for name, split in self.splits.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scinet.data import mask_file
-from scinet.data.masks import observe
+from scinet.data.masks import UNKNOWN, annotated, class_ratios, observe
 from scinet.data.stream import StoredSample
 from scinet.data.views import SHARD_FORMATS, Drawn, Views, decode
 from scinet.options import DataOptions
@@ -21,10 +22,18 @@ Cells = tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]
 class Mask:
     """The label mask of a run, applied to one sample at a time."""
 
-    def __init__(self, options: DataOptions) -> None:
-        """Take the known ratio and the mask seed, or the file."""
+    def __init__(self, options: DataOptions, num_positives: Sequence[int]) -> None:
+        """Take how labels are hidden and flipped, or the file that says which are known.
+
+        Args:
+            options: of the data.
+            num_positives: [C], known positives of the training split, by which ``annotated_classes`` chooses.
+        """
         self._options = options
         self._table = mask_file.load(Path(options.mask_file)) if options.mask_file else None
+        spread, seed = options.class_ratio_spread, options.mask_seed
+        self.is_annotated = annotated(options.annotated_classes, num_positives)
+        self.class_ratios = class_ratios(options.known_ratio, len(num_positives), spread=spread, seed=seed)
 
     def __call__(self, truth: npt.NDArray[np.int8], sample_id: str) -> npt.NDArray[np.int8]:
         """Return observed [C] int8 from truth [C] int8."""
@@ -32,11 +41,12 @@ class Mask:
         if self._table is not None:
             return self._table.observe(sample_id)
         return observe(
-            truth,
+            np.where(self.is_annotated, truth, UNKNOWN),
             sample_id,
-            known_ratio=options.known_ratio,
+            known_ratio=self.class_ratios,
             seed=options.mask_seed,
             single_positive=options.single_positive,
+            flipped=options.flipped_labels,
         )
 
 

@@ -13,7 +13,7 @@ from scinet.data.card import DataCard
 from scinet.data.findings import NUM_EXAMPLES
 from scinet.data.labels import Labels
 from scinet.data.mask_file import MaskTable, Row
-from scinet.data.masks import KNOWN_NEGATIVE, KNOWN_POSITIVE, UNKNOWN, observe
+from scinet.data.masks import KNOWN_NEGATIVE, KNOWN_POSITIVE, UNKNOWN
 from scinet.data.members import split_labels
 
 CONFIDENCE_LEVEL = 0.95
@@ -29,14 +29,15 @@ Rates = npt.NDArray[np.float64]
 class MaskSurvey:
     """Counts what a mask shows of a split.
 
-    ``total`` and ``known`` [2, C] count the cells of the collection and those that the mask leaves, positives first.
+    ``total`` and ``known`` [2, C] count the cells of the collection and those that the mask leaves, positives first;
+    ``flipped`` [2, C] those of them that it leaves with the other sign, which a mask that is read should not have.
     The lists hold the first names only; ``num_...`` count them all.
     """
 
     def __init__(self, card: DataCard) -> None:
         """Start with nothing counted."""
         self._card = card
-        self.total, self.known = (np.zeros((2, card.num_classes), dtype=np.int64) for _ in range(2))
+        self.total, self.known, self.flipped = (np.zeros((2, card.num_classes), dtype=np.int64) for _ in range(3))
         self.num_samples = self.num_missing = self.num_contradictions = self.num_added = 0
         self.missing: list[str] = []
         self.contradictions: list[str] = []
@@ -62,7 +63,8 @@ class MaskSurvey:
                 self.num_missing += 1
                 _keep(self.missing, f"'{labels.sample_id}'")
                 continue
-            self.known += _signs(observed) & _signs(truth)
+            self.known += _signs(truth) & (observed != UNKNOWN)
+            self.flipped += _signs(truth) & _signs(-observed)
             self._compare(truth, observed, labels.sample_id)
             positives, negatives = (tuple(np.flatnonzero(row).tolist()) for row in _signs(observed))
             yield Row(labels.sample_id, positives, negatives)
@@ -77,15 +79,6 @@ class MaskSurvey:
                 said, true = _WORDS[int(observed[c])], _WORDS[int(truth[c])]
                 name = self._card.class_names[c]
                 _keep(kept, f"'{sample_id}' '{name}': {said} in the mask, {true} in the shards")
-
-
-def from_ratio(known_ratio: float, seed: int, *, single_positive: bool) -> Observe:
-    """Return the mask that training draws (:func:`scinet.data.masks.observe`)."""
-
-    def mask(truth: npt.NDArray[np.int8], sample_id: str) -> npt.NDArray[np.int8]:
-        return observe(truth, sample_id, known_ratio=known_ratio, seed=seed, single_positive=single_positive)
-
-    return mask
 
 
 def from_table(table: MaskTable) -> Observe:

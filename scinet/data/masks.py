@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -70,23 +71,72 @@ def _cell_keys(num_classes: int, seed: int) -> npt.NDArray[np.uint64]:
     return np.bitwise_xor(mix(np.arange(num_classes, dtype=np.uint64)), mix(mix(np.array([seed], dtype=np.uint64))))
 
 
+def class_ratios(known_ratio: float, num_classes: int, *, spread: float, seed: int) -> npt.NDArray[np.float64]:
+    """Return the known ratio of each class where some are annotated more than others.
+
+    Args:
+        known_ratio: rho, the mean over the classes, in [0, 1].
+        num_classes: C.
+        spread: in [0, 1].
+        seed: the mask seed.
+
+    Returns:
+        [C] float64: rho_c = rho + spread * min(rho, 1 - rho) * e_c, where e_c are the C middles of equal parts of
+        [-1, 1], dealt out by a hash of the class. It never falls where rho grows, so masks stay nested over rho.
+
+    Source: ours.
+    """
+    order = np.argsort(uniforms("class ratios", num_classes, derive(seed, "class ratios")), kind="stable")
+    places = np.empty(num_classes)
+    places[order] = np.arange(num_classes)
+    return np.asarray(known_ratio + spread * min(known_ratio, 1 - known_ratio) * ((2 * places + 1) / num_classes - 1))
+
+
+def annotated(share: float, num_positives: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Return which classes are annotated at all: the most frequent ones.
+
+    Args:
+        share: of the classes, in (0, 1]; at least one is annotated.
+        num_positives: [C], known positives in the training split; of equal ones the first class comes first.
+
+    Returns:
+        [C] bool; nested over the share.
+    """
+    is_annotated = np.zeros(len(num_positives), dtype=np.bool_)
+    frequent = np.argsort(-np.asarray(num_positives), kind="stable")
+    is_annotated[frequent[: max(1, round(share * len(num_positives)))]] = True
+    return is_annotated
+
+
 def observe(
-    truth: npt.NDArray[np.int8], sample_id: str, *, known_ratio: float, seed: int, single_positive: bool = False
+    truth: npt.NDArray[np.int8],
+    sample_id: str,
+    *,
+    known_ratio: float | npt.NDArray[np.float64],
+    seed: int,
+    single_positive: bool = False,
+    flipped: float = 0.0,
 ) -> npt.NDArray[np.int8]:
     """Return what a partly labelled collection would show of a sample's labels.
 
     Args:
         truth: [C] int8; +1 present, -1 absent, 0 not known even to the collection.
         sample_id: the id stored with the sample.
-        known_ratio: share of the cells that stay, in [0, 1]; positives and negatives are dropped alike.
+        known_ratio: share of the cells that stay, in [0, 1], or that of each class [C]; positives and negatives are
+            dropped alike.
         seed: the mask seed.
-        single_positive: keep only the positive with the smallest hash, instead of ``known_ratio``.
+        single_positive: keep only the positive with the smallest hash, instead of ``known_ratio``; never flipped.
+        flipped: share of the cells that stay with the other sign, in [0, 1]; nested, by a hash that is independent of
+            the one of ``known_ratio``, so that a cell's sign does not depend on how many are known.
 
     Returns:
         [C] int8; +1 known positive, -1 known negative, 0 unknown.
     """
     u = uniforms(sample_id, len(truth), seed)
     if not single_positive:
+        if flipped:
+            is_flipped = uniforms(sample_id, len(truth), derive(seed, "flipped labels")) < flipped
+            truth = np.where(is_flipped, -truth, truth)
         return np.where(u < known_ratio, truth, UNKNOWN).astype(np.int8)
     observed = np.zeros_like(truth)
     positives = np.flatnonzero(truth == KNOWN_POSITIVE)

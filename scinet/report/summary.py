@@ -59,7 +59,12 @@ def write(
 def _known(data: DataOptions) -> str:
     if data.mask_file:
         return f"labels known as in {Path(data.mask_file).name}"
-    return "one positive an image known" if data.single_positive else f"{data.known_ratio:.0%} of labels known"
+    words = "one positive an image known" if data.single_positive else f"{data.known_ratio:.0%} of labels known"
+    if data.class_ratio_spread:
+        words += f" (class ratios spread by {data.class_ratio_spread:g})"
+    if data.annotated_classes < 1:
+        words += f" in {data.annotated_classes:.0%} of the classes"
+    return words + (f", {data.flipped_labels:.0%} of them flipped" if data.flipped_labels else "")
 
 
 def headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, str]]:

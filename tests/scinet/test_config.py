@@ -102,6 +102,9 @@ def test_value_is_refused_when_of_the_wrong_type(override: str, expected: str) -
     [
         ("data.known_ratio=1.01", "from 0 to 1"),
         ("data.known_ratio=-0.01", "from 0 to 1"),
+        ("data.annotated_classes=0", "from 0.001 to 1"),
+        ("data.flipped_labels=1.1", "from 0 to 1"),
+        ("data.class_ratio_spread=1.1", "from 0 to 1"),
         ("train.epochs=0", "at least 1"),
         ("data.shuffle_window=0", "at least 1"),
         ("fusion.bandwidth_value=0", "at least 0.001"),
@@ -253,6 +256,27 @@ def test_all_relations_are_reported_together_when_several_are_broken() -> None:
 def test_relation_is_refused_until_the_other_option_fits(broken: list[str], mended: str) -> None:
     assert mended.partition("=")[0] in _refusal(None, *broken)
     config.load(None, [*broken, mended])
+
+
+@pytest.mark.parametrize(
+    "given", ["data.class_ratio_spread=0.5", "data.annotated_classes=0.5", "data.flipped_labels=0.1"]
+)
+def test_change_of_the_drawn_mask_is_refused_when_a_mask_is_read(given: str) -> None:
+    config.load(None, [given])
+    message = _refusal(None, given, "data.mask_file=mask.jsonl")
+    assert f"'{given.partition('=')[0]}'" in message
+    assert "'data.mask_file'" in message
+
+
+@pytest.mark.parametrize("given", ["data.class_ratio_spread=0.5", "data.flipped_labels=0.1"])
+def test_change_of_the_known_ratio_is_refused_when_one_positive_is_known(given: str) -> None:
+    message = _refusal(None, given, "data.single_positive=true")
+    assert f"'{given.partition('=')[0]}'" in message
+    assert "'data.single_positive'" in message
+
+
+def test_one_positive_can_be_known_when_few_classes_are_annotated() -> None:
+    config.load(None, ["data.single_positive=true", "data.annotated_classes=0.5"])
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])

@@ -117,10 +117,47 @@ def test_mask_says_everything_as_json(call: Call, folder: Path) -> None:
     assert [row["positives"]["of"] for row in whole["classes"]] == [4, 4, 4]
 
 
+def test_mask_shows_each_ratio_and_what_is_wrong_when_labels_are_drawn_unevenly(call: Call, folder: Path) -> None:
+    words = ("--known-ratio", 0.5, "--class-ratio-spread", 1, "--annotated-classes", 0.7, "--flipped-labels", 0.5)
+    whole = json.loads(call("mask", folder, *words, "--json").out)
+    rows = {row["class"]: row for row in whole["classes"]}
+    asked = [rows[name]["asked_ratio"] for name in CLASSES]
+    assert asked[2] == 0
+    assert asked[0] != asked[1]
+    assert (rows["owl"]["positives"]["known"], rows["owl"]["negatives"]["known"]) == (0, 0)
+    ended = call("mask", folder, *words)
+    assert ended.status == 0
+    header, cat, *_ = ended.out.splitlines()
+    assert header.split()[:2] == ["class", "asked"]
+    assert cat.split()[:2] == ["cat", f"{asked[0]:.3f}"]
+    flipped, known = (
+        [sum(row[sign][key] for row in rows.values()) for sign in ("positives", "negatives")]
+        for key in ("flipped", "known")
+    )
+    assert sum(flipped) > 0
+    shown = known[0] - flipped[0] + flipped[1]
+    assert (
+        f"flipped: {flipped[0]} of {known[0]} known positives, {flipped[1]} of {known[1]} known negatives, so that "
+        f"{flipped[1] / shown:.2%} of the {shown} shown as positive are wrong"
+    ) in ended.out
+
+
+def test_mask_file_says_no_ratio_when_classes_have_their_own(call: Call, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mask.jsonl"
+    assert call("mask", folder, "--known-ratio", 0.5, "--annotated-classes", 0.4, "--out", out).status == 0
+    assert json.loads(out.read_text().splitlines()[0])["known_ratio"] is None
+    read = call("mask", folder, "--from", out)
+    assert read.status == 0
+    assert "intervals" not in read.out.partition("\n")[2]
+
+
 @pytest.mark.parametrize(
     "words",
     [
         (),
+        ("--known-ratio", 0.1, "--flipped-labels", 0.1, "--out", "mask.jsonl"),
+        ("--single-positive", "--flipped-labels", 0.1),
+        ("--from", "x", "--annotated-classes", 0.5),
         ("--known-ratio", 0.1, "--single-positive"),
         ("--known-ratio", 2),
         ("--from", "nowhere.jsonl"),

@@ -20,8 +20,9 @@ from torch import Tensor
 from scinet.data import mask_file
 from scinet.data.batch import Batch, BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import DataCard
+from scinet.data.examples import Mask
 from scinet.data.mask_file import Header, Row
-from scinet.data.masks import observe
+from scinet.data.masks import annotated, class_ratios, observe
 from scinet.data.stream import Order, SampleStream
 from scinet.data.views import VIEW_NAMES, Drawn, Normalisation, Views, decode
 from scinet.errors import ConfigError, DataError
@@ -30,6 +31,9 @@ from tests.scinet.conftest import MakeShards, spoil
 
 VIEWS = Views(8, Normalisation((0.5,) * 3, (0.5,) * 3), smallest_crop=0.5)
 OPTIONS = DataOptions(known_ratio=0.5, lanes=4, shuffle_window=3)
+HARD = dataclasses.replace(OPTIONS, class_ratio_spread=1.0, annotated_classes=0.5, flipped_labels=0.4)
+COUNTS = (10, 11, 8)
+MASK = Mask(OPTIONS, COUNTS)
 SHARES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 3), (6, 2)]
 
 
@@ -83,13 +87,59 @@ def test_image_batches_of_all_ranks_are_those_of_one_when_interleaved(
 def test_feature_batches_of_all_ranks_are_those_of_one_when_interleaved(
     features: Features, world_size: int, accumulation: int
 ) -> None:
-    alone = _samples(FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 12, 1), seed=5), 3)
+    alone = _samples(FeatureBatches(features, MASK, VIEW_NAMES, Share(0, 1, 12, 1), seed=5), 3)
     assert len(alone) == len({row[0] for row in alone}) == 24
     for rank in range(world_size):
-        mine = FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(rank, world_size, 12, accumulation), seed=5)
+        mine = FeatureBatches(features, MASK, VIEW_NAMES, Share(rank, world_size, 12, accumulation), seed=5)
         assert mine.steps_per_epoch == 2
         assert [len(b.ids) for b in mine.epoch(0)] == [12 // world_size // accumulation] * (2 * accumulation)
         assert _samples(mine, 3) == alone[rank::world_size]
+
+
+@pytest.fixture(params=["images", "features"])
+def make_hard(request: pytest.FixtureRequest, shards: DataCard) -> Callable[[Share], BatchSource]:
+    """Batches whose labels are spread, flipped and of two classes only, from the shards or from features of them."""
+    options = dataclasses.replace(HARD, known_ratio=0.8)
+    if request.param == "images":
+        return lambda share: ImageBatches(shards, options, VIEWS, ("weak",), share, seed=5)
+    stored = list(SampleStream(shards, "train", Order(0, 0, 1, 0)))
+    features = Features(
+        random=torch.zeros(29, 1, 1, 5),
+        plain=torch.zeros(29, 5),
+        truth=torch.from_numpy(np.stack([sample.truth for sample in stored])),
+        index=torch.tensor([sample.index for sample in stored]),
+        ids=tuple(sample.sample_id for sample in stored),
+    )
+    mask = Mask(options, shards.training_positives)
+    return lambda share: FeatureBatches(features, mask, VIEW_NAMES[:1], share, seed=5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_labels_are_equal_in_images_and_features_at_any_world_size_when_some_are_wrong(
+    make_hard: Callable[[Share], BatchSource], shards: DataCard, world_size: int
+) -> None:
+    shares = [Share(rank, world_size, 12, 1, trains_last=True) for rank in range(world_size)]
+    batches = [batch for share in shares for batch in make_hard(share).epoch(0)]
+    observed, truth = (
+        {name: row for batch in batches for name, row in zip(batch.ids, getattr(batch, column), strict=True) if name}
+        for column in ("observed", "truth")
+    )
+    assert len(observed) == 29
+    is_annotated, ratios = annotated(0.5, shards.training_positives), class_ratios(0.8, 3, spread=1.0, seed=0)
+    for sample in SampleStream(shards, "train", Order(0, 0, 1, 0)):
+        expected = observe(sample.truth, sample.sample_id, known_ratio=ratios, seed=0, flipped=0.4) * is_annotated
+        assert observed[sample.sample_id].tolist() == expected.tolist()
+        assert truth[sample.sample_id].tolist() == sample.truth.tolist()
+    rows = torch.stack([observed[name] * truth[name] for name in observed])
+    assert set(rows[:, is_annotated].flatten().tolist()) == {-1, 0, 1}
+    assert not rows[:, ~is_annotated].any()
+
+
+def test_positive_is_one_of_the_annotated_classes_when_one_is_known() -> None:
+    mask = Mask(DataOptions(single_positive=True, annotated_classes=0.5), (1, 5, 5, 1))
+    rows = np.stack([mask(np.ones(4, dtype=np.int8), str(number)) for number in range(40)])
+    assert rows.sum(1).tolist() == [1] * 40
+    assert (rows.sum(0) > 0).tolist() == [False, True, True, False]
 
 
 Make = Callable[[Share, DataOptions], BatchSource]
@@ -100,7 +150,7 @@ def make_source(request: pytest.FixtureRequest, shards: DataCard, features: Feat
     def make(share: Share, options: DataOptions) -> BatchSource:
         if request.param == "images":
             return ImageBatches(shards, options, VIEWS, ("weak", "strong"), share, seed=5)
-        return FeatureBatches(features, options, VIEW_NAMES[:2], share, seed=5)
+        return FeatureBatches(features, Mask(options, COUNTS), VIEW_NAMES[:2], share, seed=5)
 
     return make
 
@@ -226,7 +276,7 @@ def test_image_batch_holds_the_sample_it_names_when_read(shards: DataCard) -> No
 
 
 def test_feature_batch_holds_the_sample_it_names_when_read(features: Features) -> None:
-    source = FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 29, 1), seed=5)
+    source = FeatureBatches(features, MASK, VIEW_NAMES, Share(0, 1, 29, 1), seed=5)
     (batch,) = source.epoch(0)
     assert sorted(batch.ids) == sorted(features.ids)
     assert batch.inputs.dtype == torch.float32
@@ -242,7 +292,7 @@ def test_feature_batch_holds_the_sample_it_names_when_read(features: Features) -
 
 
 def test_epochs_differ_in_order_and_variants_when_they_follow_each_other(features: Features) -> None:
-    source = FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 29, 1), seed=5)
+    source = FeatureBatches(features, MASK, VIEW_NAMES, Share(0, 1, 29, 1), seed=5)
     first, second, again = (_samples(source, 3, epoch) for epoch in (0, 1, 0))
     assert first == again
     assert [row[0] for row in first] != [row[0] for row in second]
@@ -251,7 +301,7 @@ def test_epochs_differ_in_order_and_variants_when_they_follow_each_other(feature
 
 
 def test_batch_keeps_everything_when_moved(features: Features) -> None:
-    batch = next(iter(FeatureBatches(features, OPTIONS, VIEW_NAMES, Share(0, 1, 4, 1), seed=5).epoch(0)))
+    batch = next(iter(FeatureBatches(features, MASK, VIEW_NAMES, Share(0, 1, 4, 1), seed=5).epoch(0)))
     assert _rows(batch.to(torch.device("cpu")), 3) == _rows(batch, 3)
 
 
@@ -272,7 +322,7 @@ def test_arithmetic_is_said_when_the_global_batch_does_not_divide(
 def test_both_sizes_are_said_when_the_global_batch_exceeds_the_samples(features: Features, shards: DataCard) -> None:
     share = Share(0, 1, 30, 1)
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=30 is more than the 29 training samples"):
-        FeatureBatches(features, OPTIONS, VIEW_NAMES, share, seed=0)
+        FeatureBatches(features, MASK, VIEW_NAMES, share, seed=0)
     with pytest.raises(ConfigError, match=r"train\.global_batch_size=30 is more than the 29 training samples"):
         ImageBatches(shards, OPTIONS, VIEWS, ("weak",), share, seed=0)
 
@@ -299,7 +349,7 @@ def test_labels_are_those_of_the_file_when_a_mask_file_is_given(
     options = dataclasses.replace(OPTIONS, mask_file=str(path), workers=2)
     for source in (
         ImageBatches(shards, options, VIEWS, ("weak",), Share(0, 1, 7, 1), seed=5),
-        FeatureBatches(features, options, VIEW_NAMES, Share(0, 1, 29, 1), seed=5),
+        FeatureBatches(features, Mask(options, COUNTS), VIEW_NAMES, Share(0, 1, 29, 1), seed=5),
     ):
         for batch in source.epoch(0):
             for name, row in zip(batch.ids, batch.observed, strict=True):
@@ -312,5 +362,9 @@ def test_features_are_refused_when_the_mask_file_lacks_one(features: Features, t
     mask_file.write(path, Header(("a", "b", "c"), "", "", "", 0, None, False, None), [Row(features.ids[0], (), ())])
     with pytest.raises(DataError, match="no sample 'id-1'"):
         FeatureBatches(
-            features, dataclasses.replace(OPTIONS, mask_file=str(path)), VIEW_NAMES, Share(0, 1, 29, 1), seed=5
+            features,
+            Mask(dataclasses.replace(OPTIONS, mask_file=str(path)), COUNTS),
+            VIEW_NAMES,
+            Share(0, 1, 29, 1),
+            seed=5,
         )

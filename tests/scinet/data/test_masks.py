@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scinet.data.masks import derive, observe, text_key, uniform, uniforms
+from scinet.data.masks import annotated, class_ratios, derive, observe, text_key, uniform, uniforms
 
 QUICK = settings(deadline=None, max_examples=25)
 TRUTHS = st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=40).map(lambda row: np.array(row, dtype=np.int8))
@@ -25,6 +25,9 @@ def test_hashes_never_change_when_the_code_does() -> None:
     assert uniforms("ü/a.b", 3, 7).tolist() == [0.6030682516888711, 0.6484182574399392, 0.8972664919023255]
     assert uniform("holdout/a") == 0.4245883812400473
     assert derive(3, "views", 1, "a") == 4754102034400308814
+    assert class_ratios(0.5, 3, spread=0.5, seed=1).tolist() == [0.3333333333333333, 0.6666666666666667, 0.5]
+    observed = observe(np.ones(12, dtype=np.int8), "scene-0000001", known_ratio=1.0, seed=0, flipped=0.4)
+    assert np.flatnonzero(observed < 0).tolist() == [1, 2, 3, 5, 7, 9]
 
 
 def test_hashes_are_equal_when_another_process_computes_them() -> None:
@@ -134,3 +137,100 @@ def test_seeds_differ_when_the_purpose_or_any_part_does() -> None:
     assert len({derive(*part) for part in parts}) == len(parts)
     assert all(0 <= derive(*part) < 2**63 for part in parts)
     assert text_key("a") != text_key("b")
+
+
+@QUICK
+@given(truth=TRUTHS, sample_id=st.sampled_from(["a", "scene-7"]), seed=SEEDS, data=st.data())
+def test_flips_are_nested_and_leave_what_is_known_alone(
+    truth: NDArray[np.int8], sample_id: str, seed: int, data: st.DataObject
+) -> None:
+    few, many = sorted(data.draw(st.tuples(*[st.floats(0, 1)] * 2)))
+    ratio, more = sorted(data.draw(st.tuples(*[st.floats(0, 1)] * 2)))
+    clean, one, two, wider = (
+        observe(truth, sample_id, known_ratio=known, seed=seed, flipped=share)
+        for known, share in ((ratio, 0.0), (ratio, few), (ratio, many), (more, few))
+    )
+    assert one.dtype == np.int8
+    assert (np.abs(one) == np.abs(clean)).all()
+    assert ((one == clean) | (two == -clean)).all()
+    assert ((one == 0) | (one == wider)).all()
+
+
+def test_all_or_no_label_is_flipped_at_the_bounds_of_the_share() -> None:
+    truth = np.array([1, -1, 0, 1], dtype=np.int8)
+    for share, sign in ((0.0, 1), (1.0, -1)):
+        assert observe(truth, "a", known_ratio=1.0, seed=0, flipped=share).tolist() == (sign * truth).tolist()
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.9])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_flipped_share_of_the_known_is_the_asked_one_when_counted_over_many_cells(ratio: float, sign: int) -> None:
+    truth = np.full(20, sign, dtype=np.int8)
+    rows = np.stack([observe(truth, f"image-{n}", known_ratio=ratio, seed=0, flipped=0.2) for n in range(2000)])
+    for cells in (rows, *rows.T):
+        known = cells[cells != 0]
+        assert abs((known == -sign).mean() - 0.2) < 4.5 * np.sqrt(0.2 * 0.8 / known.size)
+
+
+def test_flips_are_independent_when_ids_classes_or_seeds_are_neighbours() -> None:
+    truth = np.ones(6, dtype=np.int8)
+    flips = [
+        np.stack([observe(truth, f"image-{n}", known_ratio=1.0, seed=seed, flipped=0.5) for n in range(2000)])
+        for seed in (0, 1)
+    ]
+    masks = [np.stack([uniforms(f"image-{n}", 6, 0) for n in range(2000)])]
+    _assert_uncorrelated(np.concatenate([*flips, np.roll(flips[0], 1, axis=0), *masks], axis=1).astype(np.float64))
+
+
+@QUICK
+@given(
+    ratios=st.tuples(*[st.floats(0, 1)] * 2),
+    num_classes=st.integers(1, 50),
+    spread=st.floats(0, 1),
+    seed=SEEDS,
+)
+def test_class_ratios_are_shares_with_the_asked_mean_and_grow_with_it(
+    ratios: tuple[float, float], num_classes: int, spread: float, seed: int
+) -> None:
+    few, many = (class_ratios(ratio, num_classes, spread=spread, seed=seed) for ratio in sorted(ratios))
+    for ratio, found in zip(sorted(ratios), (few, many), strict=True):
+        assert found.shape == (num_classes,)
+        assert ((found >= 0) & (found <= 1)).all()
+        assert found.mean() == pytest.approx(ratio, abs=1e-12)
+        # evenly from the lowest to the highest
+        reach = spread * min(ratio, 1 - ratio) * (1 - 1 / num_classes)
+        expected = np.linspace(ratio - reach, ratio + reach, num_classes) if num_classes > 1 else [ratio]
+        np.testing.assert_allclose(np.sort(found), expected, atol=1e-12)
+    assert (many >= few - 1e-12).all()
+
+
+def test_class_ratios_are_the_known_ratio_itself_when_nothing_is_spread() -> None:
+    assert set(class_ratios(0.3, 7, spread=0.0, seed=3).tolist()) == {0.3}
+
+
+def test_class_ratios_are_dealt_out_anew_when_the_seed_changes() -> None:
+    rows = {tuple(class_ratios(0.3, 30, spread=1.0, seed=seed).tolist()) for seed in range(20)}
+    assert len(rows) == 20
+    # no class is at the top for every seed
+    assert len({int(np.argmax(row)) for row in rows}) > 5
+
+
+def test_each_class_has_its_own_known_share_when_ratios_are_spread() -> None:
+    ratios = class_ratios(0.3, 10, spread=1.0, seed=0)
+    truth = np.ones(10, dtype=np.int8)
+    rows = np.stack([observe(truth, f"image-{n}", known_ratio=ratios, seed=0) for n in range(2000)])
+    assert (np.abs(rows.mean(0) - ratios) < 4.5 * np.sqrt(ratios * (1 - ratios) / 2000)).all()
+
+
+@QUICK
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=30), shares=st.tuples(*[st.floats(0.001, 1)] * 2))
+def test_annotated_classes_are_the_most_frequent_and_nested(counts: list[int], shares: tuple[float, float]) -> None:
+    few, many = (annotated(share, counts) for share in sorted(shares))
+    assert not (few & ~many).any()
+    assert few.sum() == max(1, round(min(shares) * len(counts)))
+    assert min(np.array(counts)[few]) >= max(np.array(counts)[~few], default=0)
+    assert annotated(1.0, counts).all()
+
+
+def test_first_class_is_annotated_when_several_are_as_frequent() -> None:
+    assert annotated(0.5, [2, 3, 2, 2]).tolist() == [True, True, False, False]
