@@ -152,11 +152,15 @@ def _plain_header(block: bytes) -> tuple[str, int, bytes] | None:
     """
     name, size, checksum = block[:100].partition(b"\0")[0], block[124:135], block[148:154]
     is_plain = block[156:157] == tarfile.REGTYPE and block[345:346] == b"\0" and block[135:136] == b"\0"
-    if not is_plain or len(block) != _BLOCK or not size.isdigit() or not checksum.isdigit() or name.endswith(b"/"):
+    if not is_plain or len(block) != _BLOCK or not _is_octal(size) or not _is_octal(checksum) or name.endswith(b"/"):
         return None
     if block[154:156] != b"\0 " or sum(block) - sum(block[148:156]) + 8 * ord(" ") != int(checksum, 8):
         return None
     return name.decode("utf-8", "surrogateescape"), int(size, 8), tarfile.REGTYPE
+
+
+def _is_octal(digits: bytes) -> bool:
+    return bool(digits) and not digits.strip(b"01234567")
 
 
 def _pax(content: bytes) -> dict[str, str]:
