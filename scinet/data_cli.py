@@ -307,7 +307,8 @@ def build_openclipart(
 ) -> Collect:
     """Read Debian's tagged drawings: scinet data build openclipart --source openclipart --out data/drawings.
 
-    3,800 drawings of 49 concepts by free tags, really incomplete: known positives only, unless --untagged absent.
+    3,764 drawings of 49 concepts by free tags, really incomplete; `apt-get download openclipart-png openclipart-svg`
+    gets them. Variants of a drawing share a split; --holdout would part them.
     """
     from scinet.data.formats import openclipart
 
