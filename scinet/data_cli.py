@@ -61,6 +61,13 @@ class NusVersion(StrEnum):
     asl = "asl"
 
 
+class Untagged(StrEnum):
+    """What it means that a drawing lacks a tag."""
+
+    absent = "absent"
+    unknown = "unknown"
+
+
 Source = Annotated[Path, typer.Option("--source", help="Folder with the official files, or with their archives.")]
 DropEmpty = Annotated[
     bool, typer.Option("--drop-empty", help="Leave out images without any annotation, as published tables do.")
@@ -282,6 +289,30 @@ def build_openimages(source: Source) -> Collect:
     from scinet.data.formats import openimages
 
     return functools.partial(openimages.collection, openimages.OpenImagesOptions(source))
+
+
+@_format("openclipart", shard_samples=128)
+def build_openclipart(
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with Debian's openclipart-png and openclipart-svg, as .deb or unpacked (apt-get download).",
+            show_default=False,
+        ),
+    ] = None,
+    untagged: Annotated[
+        Untagged,
+        typer.Option(help="A concept without its tag: absent, so that mAP means something; unknown, as it happens."),
+    ] = Untagged.absent,
+) -> Collect:
+    """Read Debian's tagged drawings: scinet data build openclipart --source openclipart --out data/drawings.
+
+    3,764 drawings of 49 concepts by free tags, really incomplete; `apt-get download openclipart-png openclipart-svg`
+    gets them. Variants of a drawing share a split; --holdout would part them.
+    """
+    from scinet.data.formats import openclipart
+
+    return functools.partial(openclipart.collection, openclipart.OpenClipartOptions(source, untagged.value))
 
 
 def _check_share(option: str, value: float) -> None:
