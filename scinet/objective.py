@@ -231,7 +231,12 @@ class Objective:
             weights = torch.ones_like(logits)
         else:
             soft = loss.soft_target_weight * (2 * unified - 1).abs() * float(phase.is_warm)
-            targets = torch.where(known, (observed > 0).float(), unified)
-            weights = torch.where(known, 1.0, soft)
+            # ours: where nothing is known to be absent, all could be present; unknown cells are pulled down a little
+            lacking = self.fusion.correlation.lacks_negatives()
+            soft = torch.where(lacking, loss.assumed_soft_weight, 1.0) * soft
+            down = torch.where(lacking, loss.assumed_negative_weight, 0.0)
+            pulled = torch.where(lacking, soft * unified / (soft + down).clamp_min(1e-12), unified)
+            targets = torch.where(known, (observed > 0).float(), pulled)
+            weights = torch.where(known, 1.0, soft + down)
         weights = weights * batch.valid.unsqueeze(1)
         return focal_margin(logits, targets, weights, gamma=loss.focal_gamma, margin=loss.margin)

@@ -243,6 +243,10 @@ class LossOptions:
     unlabelled_weight: float = option(0.125, "lambda_u: weight of the consistency losses", low=0.0)
     distillation_weight: float = option(1.0, "kappa: weight of self-distillation within them", low=0.0)
     soft_target_weight: float = option(1.0, "w_u: weight of unknown cells' soft targets", low=0.0)
+    assumed_negative_weight: float = option(
+        0.04, "weight of unknown cells as negatives, in classes without a known negative", low=0.0
+    )
+    assumed_soft_weight: float = option(0.2, "factor on the weight of soft targets in such classes", low=0.0)
     warmup_fraction: float = option(
         0.25, "share of the steps before soft targets and consistency begin", low=0.0, high=1.0
     )

@@ -21,6 +21,8 @@ from scinet_kernels import gaussian_propagate, nearest_neighbours
 _SMALLEST_PROBABILITY = 1e-3
 _CONDITIONAL_RANGE = (0.002, 0.998)
 _DROPPED_VARIANCE = 1e4
+_MOST_HIDDEN = 10.0  # positives that a known one may stand for
+_LARGEST_RATE = 0.9
 
 
 class Confidence(NamedTuple):
@@ -30,6 +32,14 @@ class Confidence(NamedTuple):
     teacher: Tensor
     instance: Tensor | None
     label: Tensor | None
+
+
+class _Counting(NamedTuple):
+    """pi [C], classes whose unknown cells count as negatives [C] bool, and the votes of a known positive [C]."""
+
+    rate: Tensor
+    lacking: Tensor
+    weight: Tensor
 
 
 class Fusion:
@@ -127,12 +137,13 @@ class Fusion:
         opinion pool, in which neighbours without a known label have no say, and adds only the label term: the targets
         are then better calibrated (configs/compare/README.md).
         """
-        rate = self.correlation.positive_rate()
+        counting = self._count(everyone)
+        rate = counting.rate
         prior = torch.logit(rate)
         score = torch.logit(probabilities.clamp(_SMALLEST_PROBABILITY, 1 - _SMALLEST_PROBABILITY))
         instance = label = None
         if self.options.instance_weight:
-            instance, say = self._neighbour_vote(batch, everyone, rate)
+            instance, say = self._neighbour_vote(batch, everyone, counting)
             if self.options.combine is Combine.pool:
                 weight = self.options.instance_weight * say
                 score = (score + weight * _clamped_logit(instance)) / (1 + weight)
@@ -144,17 +155,31 @@ class Fusion:
             score = score + self.options.label_weight * (_clamped_logit(label) - prior)
         return torch.sigmoid(score), instance, label
 
-    def _neighbour_vote(self, batch: Neighbours, everyone: Neighbours, rate: Tensor) -> tuple[Tensor, Tensor]:
+    def _count(self, everyone: Neighbours) -> _Counting:
+        """Return how labels count as evidence, class by class.
+
+        A class without a known negative (single positives, tags) would have the rate 1 wherever it is known. There an
+        unknown cell counts as a negative, and a known positive for all those that it stands for: as many as the teacher
+        sees in the batch for each that is known, alike for all such classes.
+        """
+        rate, share = self.correlation.positive_rate(), self.correlation.positive_share()
+        lacking = self.correlation.lacks_negatives()
+        seen, known = (torch.where(lacking, part, 0.0).sum() for part in (everyone.confidence.mean(0), share))
+        hidden = (seen / known.clamp_min(1e-6)).clamp(1.0, _MOST_HIDDEN)
+        assumed = (hidden * share).clamp(_SMALLEST_PROBABILITY, _LARGEST_RATE)
+        return _Counting(torch.where(lacking, assumed, rate), lacking, torch.where(lacking, hidden, 1.0))
+
+    def _neighbour_vote(self, batch: Neighbours, everyone: Neighbours, counting: _Counting) -> tuple[Tensor, Tensor]:
         """Return N, what the known labels of similar images say, and their share of it, both [B, C].
 
         The rest of N is the class prior, which has ``prior_strength`` votes.
         """
         rows = self._candidates(everyone)
-        known = (rows.observed != 0).float()
-        positive = (rows.observed > 0).float()
+        known = ((rows.observed != 0) | counting.lacking).float()
+        positive = (rows.observed > 0) * counting.weight
         votes, mass = self._propagate(batch, rows, torch.cat([positive, known], dim=1)).chunk(2, dim=1)
         strength = self.options.prior_strength
-        return (votes + strength * rate) / (mass + strength), mass / (mass + strength)
+        return (votes + strength * counting.rate) / (mass + strength), mass / (mass + strength)
 
     def _linear(self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours) -> tuple[Tensor, Tensor, Tensor]:
         rows = self._candidates(everyone)

@@ -15,6 +15,7 @@ from scinet.options import CorrelationOptions, CorrelationSource
 from scinet_kernels import PearsonState
 
 _EIGENVALUE_FLOOR = 0.02
+_LEAST_NEGATIVES = 1e-3
 
 
 class LabelCorrelation:
@@ -38,6 +39,7 @@ class LabelCorrelation:
         self._memory = options.memory_epochs * samples_per_epoch
         self._known = PearsonState(len(text), device=text.device)
         self._confidence = PearsonState(len(text), device=text.device) if needs_confidence else None
+        self._rows = torch.zeros((), dtype=torch.float64, device=text.device)
 
     def update(self, observed: Tensor, confidence: Tensor | None) -> None:
         """Add a global batch.
@@ -50,6 +52,7 @@ class LabelCorrelation:
         known = observed != 0
         labels = (observed > 0).double()
         self._known.update(labels, known, decay=decay)
+        self._rows.mul_(decay).add_(len(observed))
         if self._confidence is not None and confidence is not None:
             values = torch.where(known, labels, confidence.double())
             weights = torch.where(known, 1.0, self._options.unknown_weight).double()
@@ -60,6 +63,16 @@ class LabelCorrelation:
         rate, weight = self._known.mean()
         overall = ((rate * weight).sum() + 0.5) / (weight.sum() + 1.0)
         return ((rate * weight + overall) / (weight + 1.0)).clamp(1e-3, 1 - 1e-3).float()
+
+    def lacks_negatives(self) -> Tensor:
+        """Return the classes that no sample so far is known to be without: [C] bool; none before the first sample."""
+        rate, weight = self._known.mean()
+        return (self._rows > 0) & ((1 - rate) * weight < _LEAST_NEGATIVES)
+
+    def positive_share(self) -> Tensor:
+        """Return the share of all samples in which each class is known to be present: [C] fp32."""
+        rate, weight = self._known.mean()
+        return (rate * weight / self._rows.clamp_min(1.0)).float()
 
     def known_correlation(self, shrinkage: float) -> Tensor:
         """Return R [C, C] fp32 over known cells: shrunk to 0 where seldom observed, and positive definite.
@@ -86,14 +99,15 @@ class LabelCorrelation:
         return ((count * correlation + prior * self._text) / (count + prior).clamp_min(1e-12)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the prior and the moments."""
+        """Return the prior, the number of samples and the moments."""
         parts = {"known": self._known} | ({"confidence": self._confidence} if self._confidence else {})
         moments = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-        return {"text": self._text, **moments}
+        return {"text": self._text, "rows": self._rows, **moments}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take prior and moments of another instance."""
+        """Take the state of another instance."""
         self._text.copy_(state["text"])
+        self._rows.copy_(state["rows"])
         for name, part in (("known", self._known), ("confidence", self._confidence)):
             if part is not None:
                 prefix = f"{name}."

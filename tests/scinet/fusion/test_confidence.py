@@ -279,7 +279,7 @@ def test_neighbour_moves_the_vote_when_its_label_is_known(where: str, sign: int)
 
 def test_own_row_does_not_vote_when_the_bank_holds_it() -> None:
     everyone = _rows(1, 0)
-    everyone = everyone._replace(observed=torch.ones(1, C, dtype=torch.int8))
+    everyone = everyone._replace(observed=-torch.ones(1, C, dtype=torch.int8))
     fusion = _fusion()
     fusion.update(everyone)
     instance = fusion.combine(everyone, _probabilities(1), everyone).instance
@@ -399,3 +399,33 @@ def test_confidence_is_finite_and_no_state_changes_when_no_rank_has_a_sample(opt
     before = {name: value.clone() for name, value in fusion.state_dict().items()}
     fusion.update(nobody)
     assert all(torch.equal(before[name], value) for name, value in fusion.state_dict().items())
+
+
+def test_neighbours_tell_present_from_absent_when_only_positives_are_known() -> None:
+    """Two kinds of images, each with two classes of which one is known: the other one is hidden, not absent."""
+    kind = torch.arange(40) % 2
+    embeddings = torch.nn.functional.one_hot(kind, D).float()
+    observed = torch.zeros(40, C, dtype=torch.int8)
+    observed[torch.arange(40), 2 * kind + torch.arange(40) // 2 % 2] = 1
+    truth = torch.nn.functional.one_hot(kind, 2).repeat_interleave(2, dim=1).float()
+    rows = Neighbours(embeddings, observed, 0.1 + 0.8 * truth, torch.arange(40))
+    fusion = _fusion(**POOL | {"instance_weight": 1.0, "label_weight": 0.5})
+    fusion.update(rows)
+    batch = Neighbours(*(column[:2] for column in rows))
+    unified = fusion.combine(batch, torch.full((2, C), 0.3), rows).unified
+    is_hidden = (truth[:2] > 0) & (observed[:2] == 0)
+    assert (unified[is_hidden] > 0.5).all()
+    assert (unified[truth[:2] == 0] < 0.25).all()
+
+
+def test_known_positive_stands_for_those_that_the_teacher_sees() -> None:
+    observed = torch.zeros(10, C, dtype=torch.int8)
+    observed[:, 0], observed[:5, 1], observed[5:, 1], observed[:2, 2] = 1, 1, -1, 1
+    rows = Neighbours(torch.zeros(10, D), observed, torch.full((10, C), 0.6), torch.arange(10))
+    fusion = _fusion()
+    fusion.update(rows)
+    counting = fusion._count(rows)
+    assert counting.lacking.tolist() == [True, False, True, True]
+    # the teacher sees 0.6 x 3 positives an image in the lacking classes, 1.2 are known
+    assert counting.weight.tolist() == pytest.approx([1.5, 1.0, 1.5, 1.5])
+    assert counting.rate.tolist() == pytest.approx([0.9, 0.5, 0.3, 0.001], abs=0.03)
