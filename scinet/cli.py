@@ -133,7 +133,7 @@ def compare(
         return
     with _terminal() as terminal:
         if recompute:
-            command.recompute(wanted, terminal)
+            command.recompute(wanted, jobs, terminal)
         else:
             command.compare(wanted, jobs, terminal)
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from scinet import materials, texttable
 from scinet.errors import ConfigError, Preempted, TrainingError
-from scinet.evaluation.comparison import keys, plan, scoring, tables, workers
+from scinet.evaluation.comparison import keys, plan, scoring, tables, training, workers
 from scinet.evaluation.comparison.keys import Facts
 from scinet.evaluation.comparison.plan import Cell, Plan
 from scinet.evaluation.comparison.scoring import Entry
@@ -100,8 +101,13 @@ def compare(wanted: Plan, jobs: int | None, voice: Voice) -> dict[str, Any]:
     return tree
 
 
-def recompute(wanted: Plan, voice: Voice) -> dict[str, Any]:
+def recompute(wanted: Plan, jobs: int | None, voice: Voice) -> dict[str, Any]:
     """Make the tables from the kept predictions alone; nothing is trained, neither data nor weights are read.
+
+    Args:
+        wanted: what to compare.
+        jobs: cells at once; None: as many as cores.
+        voice: for progress.
 
     Raises:
         ConfigError: naming the cells that are missing.
@@ -115,14 +121,23 @@ def recompute(wanted: Plan, voice: Voice) -> dict[str, Any]:
             f"--recompute lacks {len(missing)} of {len(grid.cells)} cells ({'; '.join(missing[:_MOST_NAMED])}{more}): "
             "run the command without it first"
         )
-    from scinet.evaluation.comparison.training import judge
-
     test_sets = _test_sets(grid)
-    for done, (key, record) in enumerate(grid.records.items(), start=1):
-        truth = test_sets[record.truth].truth
-        judged = {moment: judge(grid.store.predictions(key, moment), truth) for moment in MOMENTS}
-        grid.records[key] = dataclasses.replace(record, judgements=judged)
-        voice.progress("cells", done, len(grid.records))
+
+    def judged(key: str) -> Record:
+        record = grid.records[key]
+        found = {
+            moment: training.judge(grid.store.predictions(key, moment), test_sets[record.truth].truth)
+            for moment in MOMENTS
+        }
+        return dataclasses.replace(record, judgements=found)
+
+    # many small operations: a thread a cell beats many threads an operation
+    with training.threads(1), ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
+        for done, (key, record) in enumerate(
+            zip(list(grid.records), pool.map(judged, list(grid.records)), strict=True)
+        ):
+            grid.records[key] = record
+            voice.progress("cells", done + 1, len(grid.records))
     return _write(grid, {})
 
 
@@ -136,9 +151,9 @@ def list_cells(wanted: Plan) -> str:
         first = seen.setdefault(key, cell)
         state = "done" if key in grid.records else "would run" if first is cell else "shares another's run"
         rows.append([cell.method, cell.column.name, cell.seed, state, key])
-    num_run = len(grid.missing())
+    num_run, num_done = len(grid.missing()), sum(key in grid.records for key in grid.keys)
     return texttable.table(("method", "column", "seed", "state", "key"), rows) + (
-        f"{sum(key in grid.records for key in grid.keys)} of {len(cells)} cells are done, {num_run} trainings would run\n"
+        f"{num_done} of {len(cells)} cells are done, {num_run} trainings would run\n"
     )
 
 

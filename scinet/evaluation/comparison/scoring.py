@@ -18,6 +18,11 @@ from scinet.evaluation.comparison.store import MOMENTS, Record, TestSet
 from scinet.evaluation.metrics import percentile_interval
 
 MEAN = "mean over known ratios"
+TITLES = {
+    "selected": "Test mAP at the epoch that the hold-out selects",
+    "last": "Test mAP at the last epoch",
+    "test_peak": "Test-set peak: the highest test mAP of all epochs, chosen on the test images themselves",
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,8 @@ def summarise(plan: Plan, entries: Sequence[Entry], test_sets: dict[str, TestSet
         test_sets: by name, those that records refer to.
     """
     done = [entry for entry in entries if entry.record]
-    tables = {moment: _table(plan, entries, moment) for moment in MOMENTS}
-    if plan.test_peak:
-        tables["test_peak"] = _table(plan, entries, "test_peak")
+    moments = (*MOMENTS, "test_peak") if plan.test_peak else MOMENTS
+    rows = {moment: _table(plan, entries, moment) for moment in moments}
     return {
         "name": plan.output.name,
         "base": str(plan.base),
@@ -64,9 +68,10 @@ def summarise(plan: Plan, entries: Sequence[Entry], test_sets: dict[str, TestSet
         ],
         "axis": plan.axis,
         "first": next(iter(plan.methods)),
-        "tables": tables,
+        "ranked_by": _ranked_by(plan),
+        "tables": {moment: {"title": TITLES[moment], "rows": own} for moment, own in rows.items()},
         "beside": _beside(plan, done),
-        "classes": _classes(plan, done, tables["selected"], test_sets),
+        "classes": _classes(plan, done, rows["selected"], test_sets),
         "test_sets": sorted({f"{found.data_set}: {len(found.truth)} images" for found in test_sets.values()}),
         "worlds": sorted({_world(entry.record) for entry in done if entry.record}),
         "num_cells": len(entries),
@@ -82,8 +87,7 @@ def _table(plan: Plan, entries: Sequence[Entry], moment: str) -> list[dict[str, 
         scores = grid.setdefault((entry.cell.method, entry.cell.column.name), {})
         if entry.record:
             scores[entry.cell.seed] = _score(entry.record, moment)
-    ratios = [column.name for column in plan.columns if column.known_ratio is not None]
-    names = [column.name for column in plan.columns]
+    ratios, names = _ratios(plan), [column.name for column in plan.columns]
     if len(ratios) > 1:
         names.append(MEAN)
         for method in plan.methods:
@@ -109,6 +113,15 @@ def _table(plan: Plan, entries: Sequence[Entry], moment: str) -> list[dict[str, 
                 }
             )
     return rows
+
+
+def _ratios(plan: Plan) -> list[str]:
+    return [column.name for column in plan.columns if column.known_ratio is not None]
+
+
+def _ranked_by(plan: Plan) -> str:
+    """Return the column by which methods are ranked as a whole."""
+    return MEAN if len(_ratios(plan)) > 1 else plan.columns[0].name
 
 
 def _score(record: Record, moment: str) -> _Score:
@@ -200,9 +213,8 @@ def _classes(
     """
     first, *others = plan.methods
     names = {truth for entry in done if entry.record for truth in [entry.record.truth]}
-    ranked = {
-        row["method"]: row["mean"] for row in table if row["column"] == table[-1]["column"] and row["mean"] is not None
-    }
+    rank = _ranked_by(plan)
+    ranked = {row["method"]: row["mean"] for row in table if row["column"] == rank and row["mean"] is not None}
     other = max((method for method in others if method in ranked), key=lambda method: ranked[method], default=None)
     if other is None or len(names) != 1:
         return None

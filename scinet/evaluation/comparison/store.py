@@ -151,9 +151,7 @@ class Store:
             with safe_open(str(path), framework="pt") as file:
                 found: Tensor = file.get_tensor(moment)
         except (OSError, ValueError, SafetensorError) as error:
-            raise DataError(
-                f"{path} is damaged ({error}): remove it, then the comparison runs that cell anew"
-            ) from error
+            raise DataError(f"{path} is damaged ({error}): remove it, and its cell runs anew") from error
         return found
 
     def test_set(self, name: str) -> TestSet:
@@ -172,9 +170,7 @@ class Store:
             if found.name != name:
                 raise ValueError("its content is not what its name says")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise DataError(
-                f"{path} is damaged ({error}): remove it, then the comparison runs its cells anew"
-            ) from error
+            raise DataError(f"{path} is damaged ({error}): remove it, and its cells run anew") from error
         return found
 
     @contextlib.contextmanager

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from scinet.texttable import printable
 
-TITLES = {
-    "selected": "Test mAP at the epoch that the hold-out selects",
-    "last": "Test mAP at the last epoch",
-    "test_peak": "Test-set peak: the highest test mAP of all epochs, chosen on the test images themselves",
-}
 LEGEND = (
     "Mean and standard deviation over seeds, in per cent. **Bold**: the best of a column; †: within its interval, that "
     "is, the paired bootstrap over test images (95 %) does not tell it from the best."
 )
+_NONE = "\N{EN DASH}"
 _COLUMNS = (
     *("method", "column", "known_ratio", "seed", "state", "selected", "last", "test_peak", "student", "holdout"),
     *("best_epoch", "num_epochs", "class_f1", "overall_f1", "seconds", "device", "key", "failure"),
@@ -32,21 +28,22 @@ def markdown(tree: dict[str, Any]) -> str:
 def _parts(tree: dict[str, Any]) -> Iterator[str]:
     yield f"# {_safe(tree['name'])}\n"
     yield f"{tree['num_done']} of {tree['num_cells']} cells; {', '.join(map(_safe, tree['test_sets'])) or 'no test'}.\n"
-    for moment, rows in tree["tables"].items():
-        yield f"## {TITLES[moment]}\n"
-        yield _grid(tree, rows, lambda row: _mean(row, len(tree["seeds"])))
+    others = [method for method in tree["methods"] if method != tree["first"]]
+    for moment, table in tree["tables"].items():
+        yield f"## {table['title']}\n"
+        yield _grid(table["rows"], list(tree["methods"]), lambda row: _mean(row, len(tree["seeds"])))
         if moment == "test_peak":
             continue
         yield LEGEND + "\n"
-        if len(tree["methods"]) > 1:
-            yield f"### {TITLES[moment]}: difference from {_safe(tree['first'])}, 95 % interval over test images\n"
-            yield _grid(tree, [row for row in rows if row["method"] != tree["first"]], _difference)
+        if others:
+            yield f"### {table['title']}: difference from {_safe(tree['first'])}, 95 % interval over test images\n"
+            yield _grid(table["rows"], others, _difference)
 
 
-def _grid(tree: dict[str, Any], rows: Sequence[dict[str, Any]], show: Any) -> str:
+def _grid(rows: Sequence[dict[str, Any]], methods: Sequence[str], show: Callable[[dict[str, Any]], str]) -> str:
     columns = list(dict.fromkeys(row["column"] for row in rows))
     lines = [["method", *map(_safe, columns)]]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in methods:
         own = {row["column"]: row for row in rows if row["method"] == method}
         lines.append([_safe(method), *(show(own[column]) for column in columns)])
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns) + 1)]
@@ -57,7 +54,7 @@ def _grid(tree: dict[str, Any], rows: Sequence[dict[str, Any]], show: Any) -> st
 
 def _mean(row: dict[str, Any], num_seeds: int) -> str:
     if row["mean"] is None:
-        return "–"
+        return _NONE
     text = f"{row['mean']:.2f}"
     text = f"**{text}**" if row["is_best"] else text
     if row["std"] is not None:
@@ -69,7 +66,7 @@ def _mean(row: dict[str, Any], num_seeds: int) -> str:
 
 def _difference(row: dict[str, Any]) -> str:
     found = row["difference"]
-    return "–" if found is None else f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return _NONE if found is None else f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
 def _safe(text: str) -> str:

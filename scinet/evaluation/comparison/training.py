@@ -69,15 +69,17 @@ class Trainings:
         key = (unmasked, options.model)
         if self._made is None or self._made[0] != key:
             self._made = None  # features of a large set take gigabytes: never two of them
-            with self._store.alone(), _all_cores():  # one process makes features, the others wait and read them
+            # one process makes features, on all cores; the others wait for it and read them
+            with self._store.alone(), threads(len(os.sched_getaffinity(0))):
                 self._made = key, materials.gather(options, self._ranks, self._progress)
         return self._made[1]
 
 
 @contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads meanwhile."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(number)
     try:
         yield
     finally:
