@@ -62,7 +62,9 @@ def _summary(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[tup
         best = max(others, key=lambda row: row["mean"])
         tiles.append((f"{best['method']}, the best of the others", _number(best["mean"])))
         if best["difference"]:
-            tiles.append((f"{best['method']} minus {tree['first']}, 95 % interval", _interval(best["difference"])))
+            low, high = (_signed(best["difference"][end]) for end in ("low", "high"))
+            what = f"{best['method']} minus {tree['first']}; 95 % interval {low} to {high}"
+            tiles.append((what, _signed(best["difference"]["mean"])))
     seeds = f"{len(tree['seeds'])}: {', '.join(map(str, tree['seeds']))}"
     tiles += [("Cells done", f"{tree['num_done']} of {tree['num_cells']}"), ("Seeds", seeds)]
     return tiles
@@ -120,7 +122,7 @@ def _difference_alt(ranked: Sequence[dict[str, Any]]) -> str:
 
 def _view(tree: dict[str, Any], moment: str, table: dict[str, Any]) -> dict[str, Any]:
     """Return a table as the template shows it: its rows ranked, each with its place in the order of every column."""
-    columns = list(dict.fromkeys(row["column"] for row in table["rows"]))
+    columns = list(dict.fromkeys([tree["ranked_by"], *(row["column"] for row in table["rows"])]))
     methods = list(tree["methods"])
     cells = {(row["method"], row["column"]): row for row in table["rows"]}
 
@@ -131,12 +133,10 @@ def _view(tree: dict[str, Any], moment: str, table: dict[str, Any]) -> dict[str,
         return lambda method: -(cells[method, column]["mean"] or -math.inf)
 
     orders = [order(str.casefold), *(order(by(column)) for column in columns)]
-    start = 1 + columns.index(tree["ranked_by"])
     return {
         "moment": moment,
         "title": table["title"],
         "columns": columns,
-        "start": start,
         "has_differences": any(row["difference"] for row in table["rows"]),
         "rows": [
             {
@@ -144,7 +144,7 @@ def _view(tree: dict[str, Any], moment: str, table: dict[str, Any]) -> dict[str,
                 "places": [own[method] for own in orders],
                 "cells": [cells[method, column] for column in columns],
             }
-            for method in sorted(methods, key=lambda method: orders[start][method])
+            for method in sorted(methods, key=lambda method: orders[1][method])
         ],
     }
 
@@ -165,5 +165,9 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}"
 
 
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _interval(found: dict[str, Any]) -> str:
-    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]".replace("-", "\N{MINUS SIGN}")
+    return f"{_signed(found['mean'])} [{_signed(found['low'])}, {_signed(found['high'])}]"

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -70,7 +70,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.task: Task | None = None
-        self._process = context.Process(target=serve, args=(theirs, folder, gpu))
+        self._process = context.Process(target=_live, args=(serve, theirs, folder, gpu))
         # Ctrl-C and a scheduler reach all processes: the command alone answers them, and then ends its workers
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
@@ -148,9 +148,13 @@ def carry_out(
             worker.end()
 
 
+def _live(work: Callable[[Connection, Path, str | None], None], pipe: Connection, folder: Path, gpu: str | None) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    work(pipe, folder, gpu)
+
+
 def serve(pipe: Connection, folder: Path, gpu: str | None) -> None:
     """Train what comes through a pipe, one thread on the CPU, until it is closed."""
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
