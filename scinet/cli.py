@@ -100,13 +100,50 @@ def top(
 def compare(
     config: Annotated[Path, typer.Option("--config", help="A file of configs/compare.")],
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's, for example 3,4,5.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells run at once, one thread each.")] = 1,
+    methods: Annotated[
+        str | None, typer.Option(help="Only these methods of the file, for example scinet,bce; the first is the rule.")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cells trained at once, one thread each; on GPUs each sees one. The results do not depend on it.",
+            show_default="the GPUs, or else the cores",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, done or not, and train nothing.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Make the tables from the kept predictions alone, and train nothing.")
+    ] = False,
 ) -> None:
-    """Run methods x known ratios x seeds under one protocol and print the table."""
-    from scinet.evaluation import compare as comparing
+    """Compare methods over known ratios, settings and seeds under one protocol.
 
+    Prints the tables and writes comparison.json, .csv, .md and .html into the file's output folder. A finished cell is
+    kept with its test predictions: an interrupted command goes on, and two at once share the work.
+
+    scinet compare --config configs/compare/scenes.yaml
+    """
+    from scinet.evaluation.comparison import command
+
+    if dry_run and recompute:
+        raise ConfigError("--dry-run and --recompute exclude each other")
+    wanted = command.read(config, seeds=_whole_numbers("--seeds", seeds), methods=methods)
+    if dry_run:
+        print(command.list_cells(wanted), end="")
+        return
     with _terminal() as terminal:
-        comparing.compare(config, [int(seed) for seed in seeds.split(",")] if seeds else None, jobs, terminal)
+        if recompute:
+            command.recompute(wanted, jobs, terminal)
+        else:
+            command.compare(wanted, jobs, terminal)
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if not all(word.strip().isdecimal() for word in text.split(",")):
+        raise ConfigError(f"{option} is '{text}', expected whole numbers such as 3,4,5")
+    return [int(word) for word in text.split(",")]
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

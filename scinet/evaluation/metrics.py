@@ -200,26 +200,54 @@ def paired_bootstrap(
         raise ValueError("truth has no known positive, so there is no average precision to compare: use other images")
     if samples < 1:
         raise ValueError(f"samples is {samples}: at least 1 resample is required, 1000 is usual")
+    differences = bootstrap(scores_a, truth, samples=samples, seed=seed) - bootstrap(
+        scores_b, truth, samples=samples, seed=seed
+    )
+    differences = differences[differences.isfinite()]
+    if not len(differences):
+        raise ValueError(f"none of {samples} resamples drew a positive: use more resamples or more test images")
+    return float(differences.mean()), *percentile_interval(differences)
+
+
+def bootstrap(scores: Tensor, truth: Tensor, *, samples: int = 1000, seed: int = 0) -> Tensor:
+    """Return the mAP of each resample of the test images.
+
+    Two models on one truth have the same resamples, and in each the same classes, so their differences are paired.
+
+    Args:
+        scores: [N,C] float.
+        truth: [N,C] integer, +1 positive, -1 negative, 0 unknown.
+        samples: number of resamples S, at least 1.
+        seed: of the resamples.
+
+    Returns:
+        [S] float64 on the CPU, percentages; NaN where no image with a positive was drawn.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    _check_matrix(scores, truth)
     num_images = len(truth)
-    difference_sum = torch.zeros(samples, dtype=torch.float64, device=truth.device)
-    num_classes = torch.zeros_like(difference_sum)
+    total = torch.zeros(samples, dtype=torch.float64, device=truth.device)
+    num_classes = torch.zeros_like(total)
     for columns in _chunks(truth):
         part = truth[:, columns].T.contiguous()
-        ranking_a = _Ranking.of(scores_a[:, columns].T.contiguous(), part == 1, part != 0)
-        ranking_b = _Ranking.of(scores_b[:, columns].T.contiguous(), part == 1, part != 0)
+        ranking = _Ranking.of(scores[:, columns].T.contiguous(), part == 1, part != 0)
         # Every group of classes draws the same images again, which spares keeping S x N weights.
         generator = torch.Generator().manual_seed(seed)
         for index in range(samples):
             drawn = torch.randint(num_images, (num_images,), generator=generator)
             weight = drawn.bincount(minlength=num_images).to(truth.device, torch.float64)
-            difference = ranking_a.average_precision(weight) - ranking_b.average_precision(weight)
-            difference_sum[index] += difference.nansum()
-            num_classes[index] += (~difference.isnan()).sum()
-    differences = 100 * (difference_sum / num_classes)[num_classes > 0]
-    if not len(differences):
-        raise ValueError(f"none of {samples} resamples drew a positive: use more resamples or more test images")
-    low, high = torch.quantile(differences, differences.new_tensor([0.025, 0.975])).tolist()
-    return float(differences.mean()), low, high
+            values = ranking.average_precision(weight)
+            total[index] += values.nansum()
+            num_classes[index] += (~values.isnan()).sum()
+    return (100 * total / num_classes).cpu()
+
+
+def percentile_interval(values: Tensor) -> tuple[float, float]:
+    """Return the ends of the 95 % percentile interval of resampled values [S] float64."""
+    low, high = torch.quantile(values, values.new_tensor([0.025, 0.975])).tolist()
+    return low, high
 
 
 def _class_average_precision(scores: Tensor, truth: Tensor) -> Tensor:

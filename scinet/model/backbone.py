@@ -151,6 +151,26 @@ def whole(options: ModelOptions, cache: Path) -> tuple[nn.Module, Any, str]:
     Raises:
         ConfigError: as :func:`load`.
     """
+    name, tag, weights = _find(options, cache)
+    model, tokenizer = _create(name, tag, options)
+    return model, tokenizer, _identity(name, tag, weights)
+
+
+def identify(options: ModelOptions, cache: Path) -> str:
+    """Return what :func:`load` gives as the hash of the weights, without loading them.
+
+    Raises:
+        ConfigError: as :func:`load`, for an unknown name or tag, or a file that does not exist.
+    """
+    return _identity(*_find(options, cache))
+
+
+def _identity(name: str, tag: str, weights: Path | None) -> str:
+    return _hash(weights) if weights else f"{name}:{tag}"
+
+
+def _find(options: ModelOptions, cache: Path) -> tuple[str, str, Path | None]:
+    """Return open_clip's name and tag, and the weights where they are a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if options.backbone == "embedded" or not _reaches_hub():
         # read when huggingface_hub is imported: without it each missing file costs five silent retries
@@ -161,13 +181,8 @@ def whole(options: ModelOptions, cache: Path) -> tuple[nn.Module, Any, str]:
                 f"model.pretrained is '{options.pretrained}', but model.backbone=embedded has its own weights"
             )
         folder = embedded.ensure(cache)
-        weights: Path | None = folder / "open_clip_model.safetensors"
-        name, tag = f"local-dir:{folder}", ""
-    else:
-        name, tag = options.backbone, options.pretrained
-        weights = _check_name(name, tag)
-    model, tokenizer = _create(name, tag, options)
-    return model, tokenizer, _hash(weights) if weights else f"{name}:{tag}"
+        return f"local-dir:{folder}", "", folder / "open_clip_model.safetensors"
+    return options.backbone, options.pretrained, _check_name(options.backbone, options.pretrained)
 
 
 def skeleton(options: ModelOptions, cache: Path) -> Backbone:

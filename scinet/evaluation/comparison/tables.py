@@ -1,0 +1,84 @@
+"""A comparison as text: Markdown that is aligned, so that a terminal can show it too, and CSV, one row a cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from scinet.texttable import printable
+
+LEGEND = (
+    "Mean and standard deviation over seeds, in per cent. **Bold**: the best of a column; †: within its interval, that "
+    "is, the paired bootstrap over test images (95 %) does not tell it from the best."
+)
+_NONE = "\N{EN DASH}"
+_COLUMNS = (
+    *("method", "column", "known_ratio", "seed", "state", "selected", "last", "test_peak", "student", "holdout"),
+    *("best_epoch", "num_epochs", "class_f1", "overall_f1", "seconds", "device", "key", "failure"),
+)
+
+
+def markdown(tree: dict[str, Any]) -> str:
+    """Return the tables of a comparison; selected, last and test-set peak are never mixed."""
+    return "\n".join(_parts(tree))
+
+
+def _parts(tree: dict[str, Any]) -> Iterator[str]:
+    yield f"# {_safe(tree['name'])}\n"
+    yield f"{tree['num_done']} of {tree['num_cells']} cells; {', '.join(map(_safe, tree['test_sets'])) or 'no test'}.\n"
+    others = [method for method in tree["methods"] if method != tree["first"]]
+    for moment, table in tree["tables"].items():
+        yield f"## {table['title']}\n"
+        yield _grid(table["rows"], list(tree["methods"]), lambda row: _mean(row, len(tree["seeds"])))
+        if moment == "test_peak":
+            continue
+        yield LEGEND + "\n"
+        if others:
+            yield f"### {table['title']}: difference from {_safe(tree['first'])}, 95 % interval over test images\n"
+            yield _grid(table["rows"], others, _difference)
+
+
+def _grid(rows: Sequence[dict[str, Any]], methods: Sequence[str], show: Callable[[dict[str, Any]], str]) -> str:
+    columns = list(dict.fromkeys(row["column"] for row in rows))
+    lines = [["method", *map(_safe, columns)]]
+    for method in methods:
+        own = {row["column"]: row for row in rows if row["method"] == method}
+        lines.append([_safe(method), *(show(own[column]) for column in columns)])
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns) + 1)]
+    lines.insert(1, ["-" * width for width in widths])
+    shown = ("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "".join(f"{line} |\n" for line in shown)
+
+
+def _mean(row: dict[str, Any], num_seeds: int) -> str:
+    if row["mean"] is None:
+        return _NONE
+    text = f"{row['mean']:.2f}"
+    text = f"**{text}**" if row["is_best"] else text
+    if row["std"] is not None:
+        text += f" ± {row['std']:.2f}"
+    if row["is_within_best"]:
+        text += " †"
+    return text if row["num_seeds"] == num_seeds else f"{text} ({row['num_seeds']} of {num_seeds} seeds)"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    found = row["difference"]
+    return _NONE if found is None else f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+def _safe(text: str) -> str:
+    return printable(text).replace("|", "\\|")
+
+
+def to_csv(tree: dict[str, Any]) -> str:
+    """Return a row for each cell; what it lacks stays empty."""
+    buffer = io.StringIO()
+    table = csv.writer(buffer, lineterminator="\n")
+    table.writerow(_COLUMNS)
+    for cell in tree["cells"]:
+        known = cell | {"device": cell.get("world", {}).get("device")}
+        table.writerow(["" if known.get(name) is None else known[name] for name in _COLUMNS])
+    return buffer.getvalue()

@@ -1,0 +1,190 @@
+"""Charts of a comparison's page: curves over an axis, bars of a setting, differences with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scinet.report.charts import COLOURS, chart_label, drawing, to_svg
+
+_GREY = "#8c8c8c"
+_COLOURED = (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[3])
+_MARKERS = "os^D"
+_LINE_INCHES = 0.155  # of a label
+_LONGEST_LABEL = 30
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method's means over an axis, NaN where there is none, with standard deviations; all [points] float64."""
+
+    method: str
+    x: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def curve_chart(curves: Sequence[Curve], highlighted: Sequence[str], axis: str, *, is_share: bool) -> bytes | None:
+    """Draw a curve for each method, named at its end, with a band of one standard deviation where it is highlighted.
+
+    Args:
+        curves: of the methods; those with fewer than two points are left out.
+        highlighted: at most four methods, drawn in colour; the others stand back in grey.
+        axis: its name.
+        is_share: whether the axis is a share, shown in per cent.
+    """
+    shown = [curve for curve in curves if np.isfinite(curve.mean).sum() > 1]
+    if not shown:
+        return None
+    with drawing(9.2, max(4.2, _LINE_INCHES * len(shown) * 1.12 + 1.0)) as (figure, axes):
+        for curve in sorted(shown, key=lambda curve: _place(curve.method, highlighted), reverse=True):
+            look = _look(curve.method, highlighted)
+            axes.plot(curve.x, curve.mean, **look, zorder=3 if curve.method in highlighted else 2)
+            if curve.method in highlighted:
+                low, high = curve.mean - curve.deviation, curve.mean + curve.deviation
+                axes.fill_between(curve.x, low, high, color=look["color"], alpha=0.15, linewidth=0, zorder=1)
+        axes.set(xlabel=axis, ylabel="test mAP, %")
+        places = sorted({float(x) for curve in shown for x in curve.x})
+        axes.set_xticks(places, [f"{100 * x:g} %" if is_share else f"{x:g}" for x in places])
+        axes.margins(x=0.02, y=0.05)
+        _name_ends(axes, shown, highlighted, places[-1])
+        return to_svg(figure)
+
+
+def _name_ends(axes: Any, curves: Sequence[Curve], highlighted: Sequence[str], right: float) -> None:
+    """Write each method's name right of the axes at the height of its end, moved apart where names would overlap."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    left = axes.get_xlim()[0]
+    # what constrained layout leaves of the figure's height to the axes
+    gap = _LINE_INCHES * (high - low) / (axes.figure.get_size_inches()[1] - 0.85)
+    ends = []
+    for curve in curves:
+        last = int(np.flatnonzero(np.isfinite(curve.mean))[-1])
+        ends.append((float(curve.mean[last]), float(curve.x[last]), curve.method))
+    ends.sort()
+    heights = spread([end[0] for end in ends], gap, low, high)
+    start = right + 0.015 * (right - left)
+    stop = right + 0.05 * (right - left)
+    axes.set_xlim(left, right + 0.012 * (right - left))
+    for height, (y, x, method) in zip(heights, ends, strict=True):
+        is_bold = method in highlighted
+        colour = _look(method, highlighted)["color"]
+        axes.plot([x, start, stop], [y, y, height], color=colour, linewidth=0.6, clip_on=False)
+        axes.annotate(
+            f"{chart_label(method, limit=_LONGEST_LABEL)}  {y:.1f}",
+            (stop, height),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            fontweight="bold" if is_bold else "normal",
+            color=colour if is_bold else "#555555",
+            annotation_clip=False,
+        )
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Return rising heights near the wanted ones, at least a gap apart, within the limits where they fit.
+
+    Args:
+        wanted: heights in rising order.
+        gap: least distance.
+        low: lower limit.
+        high: upper limit.
+    """
+    groups: list[tuple[float, int]] = []  # middle and size of names that touch
+    for height in wanted:
+        groups.append((height, 1))
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            (upper, more), (lower, fewer) = groups.pop(), groups.pop()
+            size = more + fewer
+            groups.append(((upper * more + lower * fewer) / size, size))
+    heights = [middle + gap * (place - (size - 1) / 2) for middle, size in groups for place in range(size)]
+    if heights and heights[0] < low:
+        for place, height in enumerate(heights):
+            heights[place] = max(height, low + gap * place)
+    if heights and heights[-1] > high:
+        for place in range(len(heights)):
+            heights[-1 - place] = min(heights[-1 - place], high - gap * place)
+    return heights
+
+
+def bar_chart(rows: Sequence[dict[str, Any]], highlighted: Sequence[str]) -> bytes | None:
+    """Draw the means of one column as bars, best on top, with one standard deviation as a whisker.
+
+    Args:
+        rows: of the column, with ``method``, ``mean`` and ``std``; those without a mean are left out.
+        highlighted: methods drawn in colour.
+    """
+    shown = sorted((row for row in rows if row["mean"] is not None), key=lambda row: row["mean"])
+    if not shown:
+        return None
+    with drawing(5.6, 0.24 * len(shown) + 0.75) as (figure, axes):
+        for place, row in enumerate(shown):
+            colour = _look(row["method"], highlighted)["color"]
+            colour = colour if row["method"] in highlighted else "#bdbdbd"
+            axes.barh(place, row["mean"], 0.72, color=colour, xerr=row["std"], error_kw={"linewidth": 0.9})
+            end = row["mean"] + (row["std"] or 0.0)
+            axes.annotate(
+                f"{row['mean']:.1f}", (end, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        _name_rows(axes, [row["method"] for row in shown], highlighted)
+        axes.set(xlabel="test mAP, %", xlim=(0, 1.1 * max(row["mean"] + (row["std"] or 0.0) for row in shown)))
+        axes.grid(visible=False, axis="y")
+        return to_svg(figure)
+
+
+def difference_chart(rows: Sequence[dict[str, Any]], first: str, highlighted: Sequence[str]) -> bytes | None:
+    """Draw how far each method is from the first, best on top, with the 95 % interval over test images.
+
+    Args:
+        rows: of one column, with ``method`` and ``difference``; those without a difference are left out.
+        first: the method that the others are held to, which is the zero line.
+        highlighted: methods drawn in colour.
+    """
+    shown = sorted((row for row in rows if row["difference"]), key=lambda row: row["difference"]["mean"])
+    if not shown:
+        return None
+    with drawing(9.2, 0.24 * len(shown) + 0.95) as (figure, axes):
+        axes.axvline(0, color=COLOURS[0], linewidth=1.4)
+        for place, row in enumerate(shown):
+            found = row["difference"]
+            is_told = not found["low"] <= 0 <= found["high"]
+            colour = _look(row["method"], highlighted)["color"]
+            colour = colour if row["method"] in highlighted else "#555555"
+            axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.8)
+            fill = colour if is_told else "#ffffff"
+            axes.plot(found["mean"], place, "o", color=colour, markerfacecolor=fill, markersize=5.5)
+        _name_rows(axes, [row["method"] for row in shown], highlighted)
+        axes.set_ylim(-0.7, len(shown) - 0.3)
+        axes.set(xlabel=f"test mAP minus that of {chart_label(first)}, points")
+        axes.xaxis.set_major_formatter("{x:+g}")
+        return to_svg(figure)
+
+
+def _name_rows(axes: Any, methods: Sequence[str], highlighted: Sequence[str]) -> None:
+    axes.set_yticks(range(len(methods)), [chart_label(method, limit=_LONGEST_LABEL) for method in methods], fontsize=8)
+    for label, method in zip(axes.get_yticklabels(), methods, strict=True):
+        if method in highlighted:
+            label.set(fontweight="bold", color=_look(method, highlighted)["color"])
+    axes.tick_params(axis="y", length=0)
+
+
+def _place(method: str, highlighted: Sequence[str]) -> int:
+    return highlighted.index(method) if method in highlighted else len(highlighted)
+
+
+def _look(method: str, highlighted: Sequence[str]) -> dict[str, Any]:
+    place = _place(method, highlighted)
+    if place == len(highlighted):
+        return {"color": _GREY, "linewidth": 0.8, "marker": ".", "markersize": 3.5}
+    return {
+        "color": _COLOURED[place],
+        "linewidth": 2.6 if place == 0 else 1.6,
+        "marker": _MARKERS[place],
+        "markersize": 5,
+    }

@@ -1,0 +1,173 @@
+"""The page of a comparison: one HTML file that needs nothing else, neither network nor script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scinet.report import comparison_charts as charts
+from scinet.report.comparison_charts import Curve
+from scinet.report.rendering import Chart, chart, render, write_page
+
+_NUM_COLOURED = 4
+_MOST_CLASSES = 12
+
+
+def write(directory: Path, tree: dict[str, Any]) -> Path:
+    """Write ``comparison.html`` into a comparison's folder, whole or not at all, and return its path.
+
+    Args:
+        directory: of the comparison.
+        tree: what ``comparison.json`` holds.
+    """
+    rows = tree["tables"]["selected"]["rows"]
+    ranked = [row for row in rows if row["column"] == tree["ranked_by"]]
+    coloured = _coloured(tree, ranked)
+    difference = charts.difference_chart(ranked, tree["first"], coloured)
+    page = render(
+        "comparison_page.html.j2",
+        tree=tree,
+        summary=_summary(tree, ranked),
+        coloured=coloured,
+        curves=_curves(tree, rows, coloured),
+        bars=_bars(tree, rows, coloured),
+        difference=chart(difference, "Differences", _difference_alt(ranked), is_wide=False),
+        tables=[_view(tree, moment, table) for moment, table in tree["tables"].items()],
+        classes=_classes(tree["classes"]),
+        beside=tree["beside"],
+        num_orders=len({row["column"] for row in rows}) + 1,
+        failed=[cell for cell in tree["cells"] if cell["state"] == "failed"],
+    )
+    path = directory / "comparison.html"
+    write_page(path, page)
+    return path
+
+
+def _coloured(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the first method and the best of the others, which charts show in colour."""
+    others = [row for row in ranked if row["mean"] is not None and row["method"] != tree["first"]]
+    others.sort(key=lambda row: -row["mean"])
+    return [tree["first"], *(row["method"] for row in others)][:_NUM_COLOURED]
+
+
+def _summary(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    first = next(row for row in ranked if row["method"] == tree["first"])
+    tiles = [(f"{tree['first']}, {tree['ranked_by']}", _number(first["mean"]))]
+    others = [row for row in ranked if row is not first and row["mean"] is not None]
+    if others:
+        best = max(others, key=lambda row: row["mean"])
+        tiles.append((f"{best['method']}, the best of the others", _number(best["mean"])))
+        if best["difference"]:
+            low, high = (_signed(best["difference"][end]) for end in ("low", "high"))
+            what = f"{best['method']} minus {tree['first']}; 95 % interval {low} to {high}"
+            tiles.append((what, _signed(best["difference"]["mean"])))
+    seeds = f"{len(tree['seeds'])}: {', '.join(map(str, tree['seeds']))}"
+    tiles += [("Cells done", f"{tree['num_done']} of {tree['num_cells']}"), ("Seeds", seeds)]
+    return tiles
+
+
+def _curves(tree: dict[str, Any], rows: Sequence[dict[str, Any]], coloured: Sequence[str]) -> list[Chart]:
+    ratios = [column for column in tree["columns"] if column["known_ratio"] is not None]
+    settings = [c for c in tree["columns"] if c["known_ratio"] is None and c["place"] is not None]
+    drawn = [
+        _curve_chart(tree, rows, coloured, ratios, "share of labels known", is_share=True),
+        _curve_chart(tree, rows, coloured, settings, tree["axis"], is_share=False),
+    ]
+    return [found for found in drawn if found is not None]
+
+
+def _curve_chart(
+    tree: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    coloured: Sequence[str],
+    columns: Sequence[dict[str, Any]],
+    axis: str,
+    *,
+    is_share: bool,
+) -> Chart | None:
+    columns = sorted(columns, key=lambda column: float(column["place"]))
+    cells = {(row["method"], row["column"]): row for row in rows}
+    x = np.array([column["place"] for column in columns], dtype=np.float64)
+    curves = []
+    for method in tree["methods"]:
+        own = [cells[method, column["name"]] for column in columns]
+        mean = np.array([math.nan if row["mean"] is None else row["mean"] for row in own], dtype=np.float64)
+        deviation = np.array([row["std"] or 0.0 for row in own], dtype=np.float64)
+        curves.append(Curve(method, x, mean, deviation))
+    svg = charts.curve_chart(curves, coloured, axis, is_share=is_share)
+    return chart(svg, f"Test mAP over the {axis}", f"Test mAP of each method over the {axis}; the table has the values")
+
+
+def _bars(tree: dict[str, Any], rows: Sequence[dict[str, Any]], coloured: Sequence[str]) -> list[Chart]:
+    """Return a chart for each column that no curve shows."""
+    ratios = [column for column in tree["columns"] if column["known_ratio"] is not None]
+    placed = [column for column in tree["columns"] if column["known_ratio"] is None and column["place"] is not None]
+    on_curves = [column["name"] for columns in (ratios, placed) if len(columns) > 1 for column in columns]
+    drawn = []
+    for name in (column["name"] for column in tree["columns"]):
+        if name not in on_curves:
+            own = [row for row in rows if row["column"] == name]
+            alt = ", ".join(f"{row['method']} {_number(row['mean'])}" for row in own)
+            drawn.append(chart(charts.bar_chart(own, coloured), name, alt))
+    return [found for found in drawn if found is not None]
+
+
+def _difference_alt(ranked: Sequence[dict[str, Any]]) -> str:
+    return "; ".join(f"{row['method']} {_interval(row['difference'])}" for row in ranked if row["difference"])
+
+
+def _view(tree: dict[str, Any], moment: str, table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table as the template shows it: its rows ranked, each with its place in the order of every column."""
+    columns = list(dict.fromkeys([tree["ranked_by"], *(row["column"] for row in table["rows"])]))
+    methods = list(tree["methods"])
+    cells = {(row["method"], row["column"]): row for row in table["rows"]}
+
+    def order(key: Callable[[str], Any]) -> dict[str, int]:
+        return {method: place for place, method in enumerate(sorted(methods, key=key))}
+
+    def by(column: str) -> Callable[[str], Any]:
+        return lambda method: -(cells[method, column]["mean"] or -math.inf)
+
+    orders = [order(str.casefold), *(order(by(column)) for column in columns)]
+    return {
+        "moment": moment,
+        "title": table["title"],
+        "columns": columns,
+        "has_differences": any(row["difference"] for row in table["rows"]),
+        "rows": [
+            {
+                "method": method,
+                "places": [own[method] for own in orders],
+                "cells": [cells[method, column] for column in columns],
+            }
+            for method in sorted(methods, key=lambda method: orders[1][method])
+        ],
+    }
+
+
+def _classes(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the classes that differ most either way, with bars that end at the largest difference."""
+    if found is None:
+        return None
+    rows = found["rows"]
+    half = _MOST_CLASSES // 2
+    shown = rows if len(rows) <= _MOST_CLASSES else [*rows[:half], *rows[-half:]]
+    largest = max(abs(row["difference"]) for row in shown) or 1.0
+    bars = [row | {"bar": 100 * abs(row["difference"]) / largest} for row in shown]
+    return {"other": found["other"], "rows": bars, "num_classes": len(rows)}
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(found: dict[str, Any]) -> str:
+    return f"{_signed(found['mean'])} [{_signed(found['low'])}, {_signed(found['high'])}]"
