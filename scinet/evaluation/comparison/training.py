@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -32,9 +31,9 @@ RESAMPLES = 1000
 class Trainings:
     """Trains cells one after the other, on materials that they share."""
 
-    def __init__(self, store: Store, ranks: Ranks, progress: Callable[[str, int, int], None]) -> None:
-        """Take the folder of the cells, this process, and who is told how far a slow part is."""
-        self._store, self._ranks, self._progress = store, ranks, progress
+    def __init__(self, store: Store, ranks: Ranks, progress: Callable[[str, int, int], None], num_threads: int) -> None:
+        """Take the folder of the cells, this process, who is told how far features are, and threads to make them."""
+        self._store, self._ranks, self._progress, self._num_threads = store, ranks, progress, num_threads
         self._made: tuple[Any, Materials] | None = None
 
     def train(self, options: Options, *, test_peak: bool) -> Finished:
@@ -69,8 +68,8 @@ class Trainings:
         key = (unmasked, options.model)
         if self._made is None or self._made[0] != key:
             self._made = None  # features of a large set take gigabytes: never two of them
-            # one process makes features, on all cores; the others wait for it and read them
-            with self._store.alone(), threads(len(os.sched_getaffinity(0))):
+            # one process makes features, with more threads; the others wait for it and read them
+            with self._store.alone(), threads(self._num_threads):
                 self._made = key, materials.gather(options, self._ranks, self._progress)
         return self._made[1]
 

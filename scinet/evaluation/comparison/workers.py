@@ -55,6 +55,7 @@ class Reply:
     text: str = ""
     done: int = 0
     total: int = 0
+    is_last: bool = False  # of its process, which has died or may be spoilt
 
 
 class Worker:
@@ -91,7 +92,7 @@ class Worker:
             reply: Reply = self.pipe.recv()
         except (EOFError, OSError):
             self._process.join()
-            return Reply("failed", _epitaph(self._process.exitcode or 0))
+            return Reply("failed", _epitaph(self._process.exitcode or 0), is_last=True)
         return reply
 
     def end(self) -> None:
@@ -140,7 +141,7 @@ def carry_out(
                 assert task is not None
                 if reply.state == "busy":
                     elsewhere.append(task)
-                if reply.state == "failed":  # whatever it met may be in its memory still
+                if reply.is_last:
                     crew.pop(place).end()
                 yield task, reply
     finally:
@@ -148,13 +149,17 @@ def carry_out(
             worker.end()
 
 
-def _live(work: Callable[[Connection, Path, str | None], None], pipe: Connection, folder: Path, gpu: str | None) -> None:
+def _live(
+    work: Callable[[Connection, Path, str | None], None], pipe: Connection, folder: Path, gpu: str | None
+) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     work(pipe, folder, gpu)
 
 
 def serve(pipe: Connection, folder: Path, gpu: str | None) -> None:
     """Train what comes through a pipe, one thread on the CPU, until it is closed."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    num_threads = int(told) if told.isdecimal() else len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -170,7 +175,9 @@ def serve(pipe: Connection, folder: Path, gpu: str | None) -> None:
     configure_logging(is_first=False)
     store = Store(folder)
     ranks = initialise(Options().train.collective_timeout_s)
-    trainings = Trainings(store, ranks, lambda what, done, total: pipe.send(Reply("progress", what, done, total)))
+    trainings = Trainings(
+        store, ranks, lambda what, done, total: pipe.send(Reply("progress", what, done, total)), num_threads
+    )
     with contextlib.suppress(EOFError, OSError):
         while True:
             pipe.send(_attempt(pipe.recv(), store, trainings))
@@ -188,7 +195,7 @@ def _attempt(task: Task, store: Store, trainings: Trainings) -> Reply:
         return Reply("failed", str(error))
     except Exception as error:  # whatever it is, it must not cost the other cells
         traceback.print_exc()
-        return Reply("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return Reply("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", is_last=True)
     return Reply("done")
 
 

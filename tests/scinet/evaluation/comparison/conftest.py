@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+Compare = Callable[..., tuple[int, str, str]]
 
 BASE = """
 data: {path: PATH, cache_features: true, cached_variants: 2}
@@ -32,3 +36,17 @@ def plan_file(scenes: Path, tmp_path: Path) -> Path:
         "test_peak: true\n"
     )
     return path
+
+
+@pytest.fixture
+def compare(own_environment: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Compare:
+    """``compare(plan_file, "--jobs", 2)``: the command inside this process, as status, output and errors."""
+    from scinet import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["scinet", "compare", "--config", *map(str, arguments)])
+        capfd.readouterr()
+        status = cli.main()
+        return status, *capfd.readouterr()
+
+    return call

@@ -1,4 +1,4 @@
-"""What stands in for a worker's training: a key says what becomes of it. Imports little, so that a process starts at once."""
+"""What stands in for a worker: a key says what becomes of it. Imports little, so that a process starts at once."""
 
 from __future__ import annotations
 

@@ -63,8 +63,9 @@ def test_every_cell_ends_once_at_any_number_of_jobs(run: Any, tmp_path: Path, jo
     _await_end(_processes(tmp_path))
 
 
-def test_other_cells_go_on_when_one_fails_or_its_process_dies(run: Any) -> None:
+def test_other_cells_go_on_when_one_fails_or_its_process_dies(run: Any, tmp_path: Path) -> None:
     found = dict(run("fail", "a", "die", "b", "c", jobs=1))
+    assert len(_processes(tmp_path)) == 2  # another for the one that died
     assert {key: reply.state for key, reply in found.items()} == {
         **dict.fromkeys("abc", "done"),
         "fail": "failed",
@@ -146,12 +147,14 @@ def test_a_finished_cell_never_trains_twice(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "said", "is_last"),
     [
-        (DataError("a shard is damaged"), "a shard is damaged"),
-        (IndexError("out of\nrange"), "IndexError: out of range"),
+        (DataError("a shard is damaged"), "a shard is damaged", False),
+        (IndexError("out of\nrange"), "IndexError: out of range", True),  # its memory may be spoilt
     ],
 )
-def test_a_cell_fails_with_one_sentence_when_training_raises(tmp_path: Path, error: Exception, said: str) -> None:
-    assert _attempt(tmp_path, _Trainings(error)) == Reply("failed", said)
+def test_a_cell_fails_with_one_sentence_when_training_raises(
+    tmp_path: Path, error: Exception, said: str, is_last: bool
+) -> None:
+    assert _attempt(tmp_path, _Trainings(error)) == Reply("failed", said, is_last=is_last)
     assert not list(tmp_path.glob("*.json"))
