@@ -114,3 +114,14 @@ def test_other_seeds_are_refused_when_one_is_there_twice(tmp_path: Path) -> None
     assert plan.with_seeds(make_plan(tmp_path), [7]).seeds == (7,)
     with pytest.raises(ConfigError, match="name '7' twice"):
         plan.with_seeds(make_plan(tmp_path), [7, 7])
+
+
+CONFIGS = Path(__file__).parents[4] / "configs"
+SHIPPED = [path for folder in ("compare", "published") for path in sorted((CONFIGS / folder).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_plan_spans_a_grid_of_data_that_it_tells_how_to_build(path: Path) -> None:
+    cells = plan.expand(plan.read(path))
+    assert cells
+    assert all(cell.options.data.prepare.startswith("scinet data build ") for cell in cells)
