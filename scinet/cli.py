@@ -100,9 +100,7 @@ def top(
 def compare(
     config: Annotated[Path, typer.Option("--config", help="A file of configs/compare.")],
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of the file's, for example 3,4,5.")] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Only these methods of the file, for example scinet,bce; the first is the rule.")
-    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods of the file, for example scinet,bce.")] = None,
     jobs: Annotated[
         int | None,
         typer.Option(

@@ -84,8 +84,9 @@ def compare(wanted: Plan, jobs: int | None, voice: Voice) -> dict[str, Any]:
     """
     cells = plan.expand(wanted)
     checked = {(c.options.data.path, c.options.data.mask_file, c.options.method is Method.zero_shot): c for c in cells}
-    for cell in checked.values():
-        materials.check(cell.options)
+    cards = {card.sha256: card for card in (materials.check(cell.options) for cell in checked.values())}
+    for doubt in (doubt for card in cards.values() for doubt in materials.doubts(card)):
+        voice.say(f"warning: {doubt}")
     facts = keys.look(cells)
     wanted.cells_folder.mkdir(parents=True, exist_ok=True)
     keys.remember(facts, _facts_path(wanted))
@@ -184,8 +185,8 @@ def _train(grid: _Grid, jobs: int | None, voice: Voice) -> dict[str, str]:
     num_done = 0
     waited: set[str] = set()
     try:
-        with _stoppable():
-            for task, reply in workers.carry_out(tasks, grid.store.folder, jobs, _gpus()):
+        with _stoppable(), contextlib.closing(workers.carry_out(tasks, grid.store.folder, jobs, _gpus())) as replies:
+            for task, reply in replies:
                 if task is None:
                     voice.progress(reply.text, reply.done, reply.total)
                     continue

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -104,8 +104,8 @@ class Worker:
 
 def carry_out(
     tasks: Sequence[Task], folder: Path, jobs: int, gpus: Sequence[str]
-) -> Iterator[tuple[Task | None, Reply]]:
-    """Train cells and yield what becomes of them as it happens; no process is left at the end.
+) -> Generator[tuple[Task | None, Reply]]:
+    """Train cells and yield what becomes of them as it happens; no process is left once it is closed.
 
     Args:
         tasks: of different keys.

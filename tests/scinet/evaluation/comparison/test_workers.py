@@ -101,7 +101,7 @@ def test_workers_end_when_the_loop_is_left(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(workers, "serve", fake_worker.serve)
     replies = workers.carry_out(make_tasks("a", "sleep"), tmp_path, 2, [])
     assert next(replies)[1] == Reply("done")
-    replies.close()  # type: ignore[attr-defined]
+    replies.close()
     _await_end(_processes(tmp_path))
 
 
