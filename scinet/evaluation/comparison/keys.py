@@ -47,6 +47,13 @@ _WITHOUT_EFFECT = (
 )
 
 
+# which labels of the training images are seen, and which of them are wrong
+_MASKING = (
+    *("known_ratio", "single_positive", "mask_seed", "mask_file"),
+    *("flipped_labels", "class_ratio_spread", "annotated_classes"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """Hashes of what options only name.
@@ -118,12 +125,17 @@ def key_of(options: Options, facts: Facts) -> str | None:
 def effective(options: Options) -> dict[str, Any]:
     """Return by dotted key what can change a cell's result; a baseline has no fusion, and zero-shot no training."""
     if options.method is Method.zero_shot:
-        unmasked = {name: getattr(DataOptions(), name) for name in ("known_ratio", "single_positive", "mask_seed")}
-        data = dataclasses.replace(options.data, **unmasked, mask_file="")
-        options = Options(method=options.method, data=data, model=options.model, correlation=options.correlation)
+        options = Options(
+            method=options.method, data=unmasked(options.data), model=options.model, correlation=options.correlation
+        )
     elif options.method is not Method.scinet:
         options = dataclasses.replace(options, fusion=FusionOptions())
     return {key: _value(options, key) for key, _, _ in config.fields() if not _is_without_effect(key)}
+
+
+def unmasked(data: DataOptions) -> DataOptions:
+    """Return the options of the data without what decides which labels are seen."""
+    return dataclasses.replace(data, **{name: getattr(DataOptions(), name) for name in _MASKING})
 
 
 def _is_without_effect(key: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import platform
 import time
@@ -16,6 +15,7 @@ from torch import Tensor
 from scinet import materials, rundir
 from scinet.distributed import Ranks
 from scinet.errors import DataError
+from scinet.evaluation.comparison import keys
 from scinet.evaluation.comparison.store import Course, Finished, Judgement, Record, Store, TestSet
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import bootstrap, evaluate
@@ -64,8 +64,7 @@ class Trainings:
 
     def _materials(self, options: Options) -> Materials:
         # a mask is drawn while training: no part of the materials
-        unmasked = dataclasses.replace(options.data, known_ratio=0.0, single_positive=False, mask_seed=0, mask_file="")
-        key = (unmasked, options.model)
+        key = (keys.unmasked(options.data), options.model)
         if self._made is None or self._made[0] != key:
             self._made = None  # features of a large set take gigabytes: never two of them
             # one process makes features, with more threads; the others wait for it and read them
