@@ -69,15 +69,12 @@ class Cell:
 
 
 def read(path: Path) -> Plan:
-    """Read a comparison's file.
+    """Read a comparison's file; what it does not say is that of the one that it extends.
 
     Raises:
         ConfigError: naming the key that is wrong, and what is expected there.
     """
-    tree = config.read_tree(path)
-    for key in tree:
-        if key not in _KEYS:
-            raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), _KEYS)}")
+    tree = _tree(path)
     for key in _REQUIRED:
         if tree.get(key) in (None, "", [], {}):
             raise ConfigError(f"{path} has no '{key}'")
@@ -95,6 +92,25 @@ def read(path: Path) -> Plan:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return plan
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    """Return a file's keys over those of the one that it extends, which extends none."""
+    tree = config.read_tree(path)
+    if "extends" not in tree:
+        return _checked_keys(path, tree)
+    parent = path.parent / str(tree.pop("extends"))
+    inherited = config.read_tree(parent)
+    if "extends" in inherited:
+        raise ConfigError(f"{path} extends {parent}, which extends another file: one level is allowed")
+    return _checked_keys(parent, inherited) | _checked_keys(path, tree)
+
+
+def _checked_keys(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    for key in tree:
+        if key not in _KEYS:
+            raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), (*_KEYS, 'extends'))}")
+    return tree
 
 
 def with_seeds(plan: Plan, seeds: Sequence[int]) -> Plan:

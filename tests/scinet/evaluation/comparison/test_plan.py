@@ -116,6 +116,21 @@ def test_other_seeds_are_refused_when_one_is_there_twice(tmp_path: Path) -> None
         plan.with_seeds(make_plan(tmp_path), [7, 7])
 
 
+def test_plan_says_only_what_differs_when_it_extends_another(tmp_path: Path) -> None:
+    make_plan(tmp_path)
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: plan.yaml\noutput: elsewhere\nseeds: [7]\n")
+    found, parent = plan.read(child), plan.read(tmp_path / "plan.yaml")
+    assert (found.output, found.seeds) == (Path("elsewhere"), (7,))
+    assert (found.methods, found.columns, found.base) == (parent.methods, parent.columns, parent.base)
+    child.write_text("extends: plan.yaml\nsedes: [7]\n")
+    with pytest.raises(ConfigError, match=r"child\.yaml: unknown key 'sedes'; did you mean 'seeds'"):
+        plan.read(child)
+    (tmp_path / "grandchild.yaml").write_text("extends: child.yaml\n")
+    with pytest.raises(ConfigError, match="one level is allowed"):
+        plan.read(tmp_path / "grandchild.yaml")
+
+
 CONFIGS = Path(__file__).parents[4] / "configs"
 SHIPPED = [path for folder in ("compare", "published") for path in sorted((CONFIGS / folder).glob("*.yaml"))]
 
