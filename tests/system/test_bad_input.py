@@ -53,7 +53,7 @@ def refused(train: Any, small: tuple[str, ...], tmp_path: Path) -> Any:
         ("train=5", ["'train'", "section"]),
         ("train.epochs=", ["'train.epochs'"]),
         ("data.known_ratio=1.5", ["'data.known_ratio'", "1.5", "from 0 to 1"]),
-        ("method=scnet", ["'method'", "did you mean 'scinet'"]),
+        ("method=scinnet", ["'method'", "did you mean 'scinet'"]),
         ("epochs", ["'epochs'", "key=value"]),
         ("name=a/b", ["'name'", "plain folder name"]),
     ],
