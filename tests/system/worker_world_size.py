@@ -17,7 +17,7 @@ from torch import Tensor
 from scinet import config, materials
 from scinet.data.batch import Batch
 from scinet.distributed import Ranks, gather_objects, gather_rows, initialise, shut_down, sum_over_ranks
-from scinet.objective import Step
+from scinet.objective import Objective, Step
 from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 
@@ -60,15 +60,16 @@ class Recorder(Trainer):
         if number == 0:
             # AdamW's first moments of the first step are its gradients, element by element, times a constant
             self.tensors |= {name: value for name, value in _state(self, "gradient").items() if "/exp_avg/" in name}
-        if self.fusion is None:
+        if not isinstance(self._aim, Objective):
             return steps
         unified = [step.confidence.unified.detach() for step in steps if step.confidence is not None]
         valid = torch.cat([gather_rows(batch.valid, ranks) for batch in micro])
-        bank = self.fusion.bank.rows()
+        fusion = self._aim.fusion
+        bank = fusion.bank.rows()
         self.tensors |= {
             f"{number}.confidence": torch.cat([gather_rows(rows, ranks) for rows in unified])[valid],
-            f"{number}.thresholds": self.thresholds.thresholds(),
-            f"{number}.correlation": self.fusion.correlation.shrunk(),
+            f"{number}.thresholds": self._aim.thresholds.thresholds(),
+            f"{number}.correlation": fusion.correlation.shrunk(),
             f"{number}.bank.embeddings": bank.embeddings.clone(),
             f"{number}.bank.observed": bank.observed.clone(),
             f"{number}.bank.indices": bank.indices.clone(),
