@@ -22,8 +22,7 @@ from scinet.data import transports
 from scinet.errors import CheckpointError, ConfigError, nearest
 from scinet.options import Options
 
-# what says where bytes come from and when they are kept, not what is computed
-_FREE_ON_RESUME = {
+FREE_ON_RESUME = {
     "resume",
     "output",
     "baseline",
@@ -51,6 +50,7 @@ _FREE_ON_RESUME = {
     "telemetry.wandb",
     "telemetry.wandb_mode",
 }
+"""Options that say where bytes come from, when they are kept and who is told, not what sound numbers are computed."""
 _PACKAGES = (
     "scinet",
     "torch",
@@ -203,7 +203,7 @@ def _check_resumable(run: RunDirectory, options: Options) -> None:
     changed = [
         key
         for key, _, _ in config.fields()
-        if key not in _FREE_ON_RESUME and _value(stored, key) != _value(options, key)
+        if key not in FREE_ON_RESUME and _value(stored, key) != _value(options, key)
     ]
     if changed:
         raise ConfigError(

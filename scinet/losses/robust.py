@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from scinet.losses.supervised import focal
 
 
 def hill(logits: Tensor, observed: Tensor, *, ceiling: float, margin: float, gamma: float) -> Tensor:
@@ -25,7 +26,7 @@ def hill(logits: Tensor, observed: Tensor, *, ceiling: float, margin: float, gam
     """
     probabilities = torch.sigmoid(logits)
     negative = (ceiling - probabilities) * probabilities.square()
-    return torch.where(observed > 0, _focal(logits - margin, gamma), negative)
+    return torch.where(observed > 0, focal(logits - margin, gamma), negative)
 
 
 def self_paced(
@@ -42,11 +43,6 @@ def self_paced(
         corrects: whether the epoch has come from which labels are corrected.
     """
     is_corrected = (observed == 0) & (torch.sigmoid(logits) > threshold)
-    positive = torch.where(observed > 0, _focal(logits - margin, gamma), _focal(logits, gamma))
+    positive = torch.where(observed > 0, focal(logits - margin, gamma), focal(logits, gamma))
     is_positive = (observed > 0) | is_corrected if corrects else observed > 0
-    return torch.where(is_positive, positive, _focal(-logits, gamma))
-
-
-def _focal(logits: Tensor, gamma: float) -> Tensor:
-    """Return ``-(1 - q)^gamma log q`` with q the sigmoid."""
-    return torch.exp(-gamma * functional.softplus(logits)) * functional.softplus(-logits)
+    return torch.where(is_positive, positive, focal(-logits, gamma))

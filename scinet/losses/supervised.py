@@ -37,8 +37,16 @@ def focal_margin(logits: Tensor, targets: Tensor, weights: Tensor, *, gamma: flo
 
     Source: Zhang et al., "Simple and Robust Loss Design for Multi-Label Learning with Missing Labels" (SPLC), 2021.
     """
-    shifted = logits - margin
-    # (1-q)^gamma as an exponential: a power's gradient is not finite at 0 where gamma < 1
-    positive = -torch.exp(gamma * functional.logsigmoid(-shifted)) * functional.logsigmoid(shifted)
-    negative = -torch.exp(gamma * functional.logsigmoid(logits)) * functional.logsigmoid(-logits)
+    positive, negative = focal(logits - margin, gamma), focal(-logits, gamma)
     return (weights * (targets * positive + (1 - targets) * negative)).sum()
+
+
+def focal(logits: Tensor, gamma: float) -> Tensor:
+    """Return ``-(1-q)^gamma log q`` with ``q = sigmoid(logits)``: a positive's cost; a negative's with the sign turned.
+
+    Args:
+        logits: any shape and float dtype.
+        gamma: focusing exponent.
+    """
+    # (1-q)^gamma as an exponential: a power's gradient is not finite at 0 where gamma < 1
+    return -torch.exp(gamma * functional.logsigmoid(-logits)) * functional.logsigmoid(logits)

@@ -18,35 +18,16 @@ from scinet.evaluation.comparison.plan import Cell
 from scinet.model import backbone
 from scinet.options import DataOptions, FusionOptions, Method, Options
 from scinet.paths import cache_directory
-from scinet.rundir import write_text
+from scinet.rundir import FREE_ON_RESUME, write_text
 
 SEMANTICS = 1
 """What the training code makes of equal options. Raise it by hand with every change after which the same options, data
 and weights may train to other predictions (a loss, an initialisation, an order): older cells then no longer count."""
 
-# where bytes come from, when they are kept, and what is told meanwhile: nothing that is computed
-_WITHOUT_EFFECT = (
-    "name",
-    "output",
-    "resume",
-    "baseline",
-    "data.path",
-    "data.prepare",
-    "data.mask_file",  # by its content
-    "data.workers",
-    "data.cache_dir",
-    "data.timeout_s",
-    "data.retries",
-    "data.cache_shards",
-    "data.allow_pipe",
-    "train.log_every_steps",
-    "train.collective_timeout_s",
-    "train.hang_timeout_s",
-    "checkpoint.",
-    "telemetry.",
-)
-
-
+# the mask file counts by its content, the data by their card
+_WITHOUT_EFFECT = {*FREE_ON_RESUME, "name", "data.path", "data.mask_file", "train.log_every_steps"} - {
+    *("train.on_bad_numbers", "train.max_bad_steps")
+}
 # which labels of the training images are seen, and which of them are wrong
 _MASKING = (
     *("known_ratio", "single_positive", "mask_seed", "mask_file"),
@@ -130,16 +111,12 @@ def effective(options: Options) -> dict[str, Any]:
         )
     elif options.method is not Method.scinet:
         options = dataclasses.replace(options, fusion=FusionOptions())
-    return {key: _value(options, key) for key, _, _ in config.fields() if not _is_without_effect(key)}
+    return {key: _value(options, key) for key, _, _ in config.fields() if key not in _WITHOUT_EFFECT}
 
 
 def unmasked(data: DataOptions) -> DataOptions:
     """Return the options of the data without what decides which labels are seen."""
     return dataclasses.replace(data, **{name: getattr(DataOptions(), name) for name in _MASKING})
-
-
-def _is_without_effect(key: str) -> bool:
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in _WITHOUT_EFFECT)
 
 
 def _value(options: Any, key: str) -> Any:
