@@ -15,7 +15,7 @@ from scinet.options import CorrelationOptions, CorrelationSource
 from scinet_kernels import PearsonState
 
 _EIGENVALUE_FLOOR = 0.02
-_LEAST_NEGATIVES = 1e-3
+_LEAST_KNOWN = 1e-3
 
 
 class LabelCorrelation:
@@ -65,9 +65,14 @@ class LabelCorrelation:
         return ((rate * weight + overall) / (weight + 1.0)).clamp(1e-3, 1 - 1e-3).float()
 
     def lacks_negatives(self) -> Tensor:
-        """Return the classes that no sample so far is known to be without: [C] bool; none before the first sample."""
+        """Return the classes of which positives alone are known: [C] bool; none before the first sample.
+
+        Where no class at all has a known negative, those without a known positive too.
+        """
         rate, weight = self._known.mean()
-        return (self._rows > 0) & ((1 - rate) * weight < _LEAST_NEGATIVES)
+        has_none = (1 - rate) * weight < _LEAST_KNOWN
+        has_positives = rate * weight >= _LEAST_KNOWN
+        return (self._rows > 0) & has_none & (has_positives | has_none.all())
 
     def positive_share(self) -> Tensor:
         """Return the share of all samples in which each class is known to be present: [C] fp32."""

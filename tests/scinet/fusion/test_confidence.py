@@ -421,11 +421,21 @@ def test_neighbours_tell_present_from_absent_when_only_positives_are_known() -> 
 def test_known_positive_stands_for_those_that_the_teacher_sees() -> None:
     observed = torch.zeros(10, C, dtype=torch.int8)
     observed[:, 0], observed[:5, 1], observed[5:, 1], observed[:2, 2] = 1, 1, -1, 1
-    rows = Neighbours(torch.zeros(10, D), observed, torch.full((10, C), 0.6), torch.arange(10))
+    rows = Neighbours(torch.zeros(10, D), observed, torch.full((10, C), 0.9), torch.arange(10))
     fusion = _fusion()
     fusion.update(rows)
     counting = fusion._count(rows)
-    assert counting.lacking.tolist() == [True, False, True, True]
-    # the teacher sees 0.6 x 3 positives an image in the lacking classes, 1.2 are known
-    assert counting.weight.tolist() == pytest.approx([1.5, 1.0, 1.5, 1.5])
-    assert counting.rate.tolist() == pytest.approx([0.9, 0.5, 0.3, 0.001], abs=0.03)
+    # of the last class nothing is known, as of one that nobody annotates: it is no class of positives alone
+    assert counting.lacking.tolist() == [True, False, True, False]
+    # the teacher sees 0.9 x 2 positives an image in the lacking classes, 1.2 are known
+    assert counting.weight.tolist() == pytest.approx([1.5, 1.0, 1.5, 1.0])
+    assert counting.rate.tolist() == pytest.approx([0.9, 0.5, 0.3, 17 / 22], abs=0.03)
+
+
+def test_class_that_was_never_seen_is_lacking_when_no_class_has_a_negative() -> None:
+    fusion = _fusion()
+    assert not fusion.correlation.lacks_negatives().any()
+    observed = torch.zeros(10, C, dtype=torch.int8)
+    observed[:, 0] = 1
+    fusion.correlation.update(observed, None)
+    assert fusion.correlation.lacks_negatives().all()
