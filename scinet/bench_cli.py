@@ -141,6 +141,21 @@ def memory(
 
 
 @app.command()
+def zoo(
+    samples: Annotated[int, typer.Option(min=1, help="N, of which tables are kept.")] = 10_000,
+    classes: Annotated[int, typer.Option(min=2, help="C.")] = 9605,
+    batch: Annotated[int, typer.Option(min=1, help="G, samples of the global batch.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 3,
+    threads: Threads = None,
+) -> None:
+    """Print what each method keeps and holds at many classes: scinet bench zoo --classes 9605."""
+    from scinet import zoobench
+
+    _device(Device.cpu, threads)
+    print(zoobench.report(zoobench.Setting(samples, classes, batch, steps), _say), end="")
+
+
+@app.command()
 def ranks(
     config: Annotated[Path, typer.Option("--config", help="A YAML file, for example configs/quickstart.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,

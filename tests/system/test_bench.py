@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from scinet.zoobench import METHODS
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--sizes", 256, "--width", 8, "--columns", 4, "--repeats", 1, "--threads", 1, "--device", "cpu")
 
@@ -214,3 +216,10 @@ def test_bench_scrape_prints_the_cost_of_a_scrape_for_each_number_of_ranks(
     ]
     assert all(float(line[1]) > 0 for line in lines if line[0].startswith("processor"))
     assert all(re.search(r"[1-9]\d* scrapes\)", line[0]) for line in lines if line[0].startswith("training"))
+
+
+def test_bench_zoo_has_a_line_for_every_method(scinet: Any) -> None:
+    result = scinet("bench", "zoo", "--samples", 8, "--classes", 20, "--batch", 4, "--steps", 1)
+    assert result.status == 0, result.err
+    assert result.err.split() == [method.value for method in METHODS]
+    assert [line.split()[0] for line in result.out.splitlines()[2:]] == [method.value for method in METHODS]
