@@ -16,7 +16,6 @@ from scinet.fusion.thresholds import DynamicThresholds
 from scinet.materials import Materials
 from scinet.model.label_graph import propagation, text_correlation
 from scinet.model.network import Network
-from scinet.model.teacher import Teacher
 from scinet.objective import Aim, Objective
 from scinet.options import Method, Options, Profile
 from scinet.zoo.catalogue import Frame, build
@@ -47,7 +46,7 @@ def build_aim(options: Options, materials: Materials, network: Network, ranks: R
         Fusion(
             fusion,
             options.correlation,
-            text_correlation(network.prompter.get_buffer("fixed")),
+            text_correlation(network.class_text),
             width=materials.backbone.width,
             num_samples=materials.card.num_indices,
             samples_per_epoch=materials.card.split("train").num_samples,
@@ -64,7 +63,7 @@ def _frame(options: Options, materials: Materials, network: Network, ranks: Rank
     correlation = options.correlation
 
     def relation() -> Tensor:
-        text = text_correlation(network.prompter.get_buffer("fixed"))
+        text = text_correlation(network.class_text)
         return propagation(text, correlation.graph_top_k, correlation.temperature)
 
     return Frame(
@@ -74,18 +73,17 @@ def _frame(options: Options, materials: Materials, network: Network, ranks: Rank
         num_epochs=options.train.epochs,
         device=ranks.device,
         relation=relation,
-        cosines=_untrained(options, materials, ranks),
+        cosines=_cosines(options, materials, ranks) if options.method is Method.vlpl else None,
     )
 
 
-def _untrained(options: Options, materials: Materials, ranks: Ranks) -> Callable[[Tensor], Tensor]:
-    """Return the zero-shot classifier, from inputs to cosines [B, C]; it is made where it is first asked for."""
-    made: list[Teacher] = []
+def _cosines(options: Options, materials: Materials, ranks: Ranks) -> Callable[[Tensor], Tensor]:
+    """Return the zero-shot classifier, from inputs to cosines [B, C]."""
+    network = materials.zero_shot(options).to(ranks.device).eval().requires_grad_(False)
 
     def cosines(inputs: Tensor) -> Tensor:
-        if not made:
-            made.append(Teacher(materials.network(options).to(ranks.device), decay=1.0))
-        return made[0].forward(inputs).logits / made[0].network.scale
+        logits: Tensor = network(inputs).logits
+        return logits / network.scale
 
     return cosines
 

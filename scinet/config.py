@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from scinet.errors import ConfigError, nearest
-from scinet.options import BiDominant, DataOptions, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
+from scinet.options import BiDominant, DataOptions, Head, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
 
 T = TypeVar("T")
 _Known = dict[str, tuple[dataclasses.Field[Any], Any]]
@@ -254,6 +254,7 @@ def _relations(options: Options) -> Iterator[str]:
     data, model, fusion, train = options.data, options.model, options.fusion, options.train
     if data.cache_features and not model.freeze_image:
         yield "'data.cache_features' needs 'model.freeze_image=true': features of a tower that trains go stale"
+    yield from _head_relations(options)
     if data.mask_file and data.single_positive:
         yield "'data.single_positive' makes a mask and 'data.mask_file' reads one: set one of the two"
     yield from _label_relations(data)
@@ -277,6 +278,19 @@ def _relations(options: Options) -> Iterator[str]:
         for key in keys:
             if key in options.deepspeed:
                 yield f"'deepspeed.{key}' is derived: set {instead}"
+
+
+def _head_relations(options: Options) -> Iterator[str]:
+    data, head = options.data, options.model.head
+    if data.cached_regions and not data.cache_features:
+        yield "'data.cached_regions' needs 'data.cache_features=true': without a cache all regions of an image are seen"
+    if data.cache_features and head.needs_regions and not data.cached_regions:
+        yield (
+            f"'model.head={head.value}' looks at the regions of an image, which 'data.cache_features' leaves out: set "
+            "'data.cached_regions', such as 4 for a grid of 4 x 4"
+        )
+    if options.method is Method.dualcoop and head is not Head.dualcoop:
+        yield f"'method=dualcoop' is the loss of one head, found 'model.head={head.value}': add 'model.head=dualcoop'"
 
 
 def _label_relations(data: DataOptions) -> Iterator[str]:

@@ -24,7 +24,7 @@ from scinet.fusion.bank import Neighbours
 from scinet.materials import Materials, share_of
 from scinet.model import backbone as model_backbone
 from scinet.model.teacher import Teacher
-from scinet.options import Method, Options
+from scinet.options import Head, Method, Options
 from scinet.paths import cache_directory
 from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
@@ -50,7 +50,10 @@ def tuned(options: Options) -> Options:
     """
     if options.method is not Method.scinet:
         raise ConfigError(f"method={options.method.value} has no step to compare: it needs method=scinet")
-    return config.replace(options, data__cache_features=False, model__freeze_image=False, loss__warmup_fraction=0.0)
+    if options.model.head is not Head.prompt:
+        raise ConfigError(f"model.head={options.model.head.value} has no step to compare: it needs model.head=prompt")
+    options = config.replace(options, data__cache_features=False, data__cached_regions=0)
+    return config.replace(options, model__freeze_image=False, loss__warmup_fraction=0.0)
 
 
 def scinet(options: Options, made: Materials, ranks: Ranks) -> Contestant:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scinet import layout
 from scinet.distributed import quieten_deepspeed
 from scinet.errors import ConfigError, TrainingError
+from scinet.model.heads import DualPromptHead
 from scinet.model.network import Network, Output
 from scinet.options import OptimizerOptions, Options, Precision
 
@@ -41,8 +42,10 @@ def deepspeed_config(options: Options, world_size: int, device: torch.device) ->
 
 def parameter_groups(network: Network, options: OptimizerOptions) -> list[dict[str, Any]]:
     """Return AdamW's groups: three learning rates, weight decay on matrices only (method.md section 6)."""
-    rates = {"label_graph": options.graph_learning_rate, "projection": options.head_learning_rate}
-    rates["bias"] = options.head_learning_rate
+    rates = {"label_graph": options.graph_learning_rate}
+    # a head's contexts are prompts
+    own = () if isinstance(network.head, DualPromptHead) else ("head",)
+    rates |= dict.fromkeys(("projection", "bias", *own), options.head_learning_rate)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from scinet.data import mask_file, sources
@@ -16,6 +16,7 @@ from scinet.errors import ConfigError
 from scinet.evaluation.evaluator import PlainSplit
 from scinet.model import backbone as model_backbone
 from scinet.model import features as model_features
+from scinet.model import heads
 from scinet.model.backbone import Backbone
 from scinet.model.network import Network
 from scinet.options import DataOptions, LastBatch, Method, Options
@@ -47,8 +48,12 @@ class Materials:
         return PlainSplit(self.card, split, self.views, self.features.get(split), options=self.data)
 
     def network(self, options: Options) -> Network:
-        """Return an untrained network, which is the zero-shot classifier."""
+        """Return an untrained network of the configured head."""
         return Network(self.backbone, self.card.class_names, options.model, top_k=options.correlation.graph_top_k)
+
+    def zero_shot(self, options: Options) -> Network:
+        """Return the zero-shot classifier: an untrained network with the prompt head, whatever the configured one."""
+        return self.network(replace(options, model=heads.untrained(options.model)))
 
 
 def check(options: Options) -> DataCard:
@@ -121,6 +126,11 @@ def gather(
         share_of(options, ranks).steps(card.split("train").num_samples)  # refused now rather than after minutes
     cache = cache_directory(options.data.cache_dir)
     backbone: Backbone = first_rank_first(lambda: model_backbone.load(options.model, cache), ranks)
+    if options.data.cached_regions and not backbone.image.shows_regions:
+        raise ConfigError(
+            f"'data.cached_regions' is {options.data.cached_regions}, but the image tower of "
+            f"'model.backbone={backbone.name}' shows no regions: leave it at 0, or set another backbone"
+        )
     backbone.image.to(ranks.device)
     backbone.text.to(ranks.device)
     views = Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)

@@ -209,11 +209,12 @@ def _checkpoint(tried: Rehearsal, state: list[Need], world_size: int) -> Part:
 
 def _features(options: Options, subject: Subject) -> int:
     """Return the bytes of the cached features, which every rank holds: training variants, and all plain ones."""
-    data, width = subject.data, subject.backbone.feature_width
+    data = subject.data
+    shape = features.shape(subject.backbone.feature_width, options.data.cached_regions)
     trained = data.num_trained or data.num_samples
     with torch.device("meta"):
-        train = features.empty(trained, options.data.cached_variants, width, len(subject.class_names))
-        rest = features.empty(data.num_samples - trained, 0, width, len(subject.class_names))
+        train = features.empty(trained, options.data.cached_variants, shape, len(subject.class_names))
+        rest = features.empty(data.num_samples - trained, 0, shape, len(subject.class_names))
     # the training labels are there once more, masked
     columns: list[Tensor] = [
         getattr(made, name) for made in (train, rest) for name in ("random", "plain", "truth", "index")

@@ -61,6 +61,25 @@ class Prompt(enum.Enum):
     fixed = "fixed"
 
 
+class Head(enum.Enum):
+    """From embeddings to logits, whatever the loss (``scinet/zoo/README.md``, heads).
+
+    ``prompt``: cosines to the classes' text; ``linear``: a map of the image embedding. Of regions: ``cam``, averaged
+    activation maps; ``ml_decoder``, class queries that attend; ``dualcoop``, a positive and a negative prompt.
+    """
+
+    prompt = "prompt"
+    linear = "linear"
+    cam = "cam"
+    ml_decoder = "ml_decoder"
+    dualcoop = "dualcoop"
+
+    @property
+    def needs_regions(self) -> bool:
+        """Whether it looks at the regions of an image."""
+        return self in (Head.cam, Head.ml_decoder, Head.dualcoop)
+
+
 class BiDominant(enum.Enum):
     """``late``: image and text embeddings attend to each other before the classifier; ``none``: they do not."""
 
@@ -172,6 +191,12 @@ class DataOptions:
     shuffle_window: int = option(512, "samples a lane shuffles among", low=1)
     cache_features: bool = option(False, "train on cached features of a frozen image tower (needs freeze_image)")
     cached_variants: int = option(4, "augmented variants of each view in that cache", low=1, high=256)
+    cached_regions: int = option(
+        0,
+        "g: a grid of g x g averaged regions is cached with each view, for heads that look at regions",
+        low=0,
+        high=64,
+    )
     cache_dir: str = option("", "where derived files go; empty: $XDG_CACHE_HOME/scinet")
     on_bad_sample: OnBadSample = option(OnBadSample.stop, "stop the run at a damaged sample, or skip and count it")
     max_bad_fraction: float = option(0.01, "share of skipped samples beyond which a run stops", low=0.0, high=1.0)
@@ -190,11 +215,16 @@ class ModelOptions:
     pretrained: str = option("embedded", "an open_clip tag, a weights file, or `embedded`")
     image_size: int = option(224, "side of the square input, pixels", low=32, high=1024)
     freeze_image: bool = option(False, "keep the image tower as it is and train a projection after it")
-    prompt: Prompt = option(Prompt.learned, "whether the context vectors are trained")
+    head: Head = option(Head.prompt, "the classifier on top of the towers")
+    boost_alpha: float = option(1.0, "cam: factor on positive activations; BoostLU takes 5", low=1.0, high=100.0)
+    decoder_groups: int = option(100, "ml_decoder: most queries; more classes than that share them", low=1)
+    prompt: Prompt = option(Prompt.learned, "prompt: whether the context vectors are trained")
     context: str = option("a photo of a", "words that the context vectors start from")
-    bi_dominant: BiDominant = option(BiDominant.late, "cross attention between image and text embeddings")
-    attention_heads: int = option(4, "heads of that attention; must divide the embedding width", low=1)
-    label_graph: bool = option(True, "graph convolutions over the label correlation on the text side")
+    bi_dominant: BiDominant = option(BiDominant.late, "prompt: cross attention between image and text embeddings")
+    attention_heads: int = option(
+        4, "heads of that attention, and of ml_decoder's; must divide the embedding width", low=1
+    )
+    label_graph: bool = option(True, "prompt: graph convolutions over the label correlation on the text side")
     logit_scale: float = option(10.0, "s in z = s cos(f, t) + b; 0 takes the backbone's own", low=0.0, high=200.0)
     activation_checkpointing: bool = option(False, "towers compute activations twice instead of keeping them")
     learned_bias: bool = option(True, "train b, started at the label density; false: b = 0")
@@ -262,7 +292,7 @@ class OptimizerOptions:
 
     learning_rate: float = option(4e-5, "peak, for the image tower, the prompts and the attention", low=0.0)
     graph_learning_rate: float = option(2e-4, "peak, for the label graph", low=0.0)
-    head_learning_rate: float = option(1e-3, "peak, for a projection on a frozen tower and for the bias", low=0.0)
+    head_learning_rate: float = option(1e-3, "peak, for a projection on a frozen tower, the bias and heads", low=0.0)
     weight_decay: float = option(1e-4, "on matrices; vectors have none", low=0.0)
     warmup_share: float = option(0.2, "share of the steps before the peak", low=0.0, high=0.95)
     gradient_clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0.0)

@@ -29,6 +29,7 @@ from scinet.engine import parameter_groups, uses_bf16
 from scinet.fusion.bank import Neighbours
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
+from scinet.model import features, heads
 from scinet.model.backbone import Backbone, TextTower
 from scinet.model.label_graph import text_correlation
 from scinet.model.network import Network, Output
@@ -203,16 +204,19 @@ def rehearse(
         network = _FakeNetwork(towers, class_names, options.model, top_k=options.correlation.graph_top_k)
         teacher = Teacher(network, decay=0.5)
         own_teacher = _bytes([*teacher.network.parameters(), *teacher.network.buffers()])
+        unseen = None
         if options.method is Method.vlpl:
-            own_teacher *= 2  # the untrained network is kept as it is kept
+            zero_shot = heads.untrained(options.model)
+            unseen = _FakeNetwork(towers, class_names, zero_shot, top_k=options.correlation.graph_top_k)
+            own_teacher += _bytes([*unseen.parameters(), *unseen.buffers()])
         if uses_bf16(options, device):
             network.to(torch.bfloat16)
         network.train()
-        kept_text = live.kept_by(lambda: network.prompter(text))
+        kept_text = live.kept_by(network.texts)
         is_fused = options.method is Method.scinet
         fusion = _build_fusion(options, backbone.width, num_classes, device) if is_fused else None
         batch = _batch(options, backbone, size, num_classes)
-        step = _step(options, network, teacher, fusion, batch, live)
+        step = _step(options, network, teacher, unseen, fusion, batch, live)
         return Rehearsal(
             layers=_layers(network),
             groups=tuple(
@@ -244,7 +248,9 @@ def _faked(module: Any, mode: FakeTensorMode) -> Any:
 def _batch(options: Options, backbone: Backbone, size: int, num_classes: int) -> Batch:
     num_views = len(options.method.views)
     side = options.model.image_size
-    shape = (backbone.feature_width,) if options.data.cache_features else (3, side, side)
+    shape: tuple[int, ...] = (3, side, side)
+    if options.data.cache_features:
+        shape = features.shape(backbone.feature_width, options.data.cached_regions)
     labels = torch.zeros(size, num_classes, dtype=torch.int8)
     index = torch.zeros(size, dtype=torch.int64)
     inputs = torch.empty(num_views * size, *shape)
@@ -264,6 +270,7 @@ def _step(
     options: Options,
     network: Network,
     teacher: Teacher,
+    unseen: Network | None,
     fusion: _FakeFusion | None,
     batch: Batch,
     live: LiveBytes,
@@ -278,7 +285,7 @@ def _step(
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop_gradient)  # type: ignore[no-untyped-call]
-    aim = _aim(options, teacher, fusion, batch)
+    aim = _aim(options, unseen, fusion, batch)
     start, before = live.now, live.flop
     live.peak = start
     look: Look | Sight | None
@@ -298,7 +305,7 @@ def _step(
     return _Peaks(tuple(moved), looked, kept, max(0, fused), max(0, backward), flop)
 
 
-def _aim(options: Options, teacher: Teacher, fusion: _FakeFusion | None, batch: Batch) -> Aim:
+def _aim(options: Options, unseen: Network | None, fusion: _FakeFusion | None, batch: Batch) -> Aim:
     """Return the objective; tables of every sample's labels, and the thresholds' window, are counted apart."""
     cpu, num_classes = torch.device("cpu"), batch.observed.shape[1]
     ranks = Ranks(0, 1, cpu)
@@ -312,7 +319,7 @@ def _aim(options: Options, teacher: Teacher, fusion: _FakeFusion | None, batch: 
         num_epochs=2,
         device=cpu,
         relation=lambda: torch.empty(num_classes, num_classes),
-        cosines=lambda inputs: teacher.forward(inputs).logits,
+        cosines=None if unseen is None else lambda inputs: unseen(inputs).logits,
     )
     return ZooObjective(build(options, frame), ranks)
 

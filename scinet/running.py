@@ -146,7 +146,7 @@ def _carry_out(
         voice.say(f"zero-shot mAP {untrained['mean_average_precision']:.1f} (chance {untrained['chance']:.1f})")
     if options.method is Method.zero_shot:
         _describe(directory, options, made, ranks)
-        scores: Scores | None = made.plain("test").score(made.network(options).to(ranks.device).eval(), ranks)
+        scores: Scores | None = made.plain("test").score(made.zero_shot(options).to(ranks.device).eval(), ranks)
         correlation = None
         history: list[dict[str, Any]] = []
     else:
@@ -179,7 +179,7 @@ def _describe(directory: RunDirectory, options: Options, made: Materials, ranks:
 
 def zero_shot(options: Options, made: Materials, ranks: Ranks) -> dict[str, Any]:
     """Return the metrics of the untrained network on the test split. Collective."""
-    network = made.network(options).to(ranks.device).eval()
+    network = made.zero_shot(options).to(ranks.device).eval()
     return judge(made.plain("test").score(network, ranks))
 
 

@@ -158,7 +158,8 @@ def _load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who
     weights.load_into(network, run.checkpoints / "selected" / f"{who}.safetensors")
 
     def forward(images: Any) -> Any:
-        # trained on cached features: those have no regions to attend to, so the network must see none here either
-        return network(network.extract(images) if options.data.cache_features else images)
+        # trained on cached features: the network must see no other regions here than those had, if any
+        data = options.data
+        return network(network.extract(images, side=data.cached_regions) if data.cache_features else images)
 
     return forward, Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)

@@ -22,7 +22,7 @@ from scinet.model import backbone as model_backbone
 from scinet.model.label_graph import text_correlation
 from scinet.model.network import Network
 from scinet.model.teacher import Teacher
-from scinet.options import Method, Options, Profile
+from scinet.options import Head, Method, Options, Profile
 from scinet.paths import cache_directory
 
 _NUM_VIEWS = 3
@@ -60,6 +60,8 @@ def report(options: Options, sizes: Sizes, device_name: str, say: Callable[[str]
     Raises:
         ConfigError: if the configuration has no fusion to time, or data or weights cannot be had.
     """
+    if options.model.head is not Head.prompt:
+        raise ConfigError(f"model.head={options.model.head.value} has no share to time: it needs model.head=prompt")
     if options.method is not Method.scinet or options.profile is Profile.release or not options.fusion.enabled:
         raise ConfigError(
             "there is no fusion to time: it needs method=scinet, profile=paper and fusion.enabled=true, found "
@@ -88,7 +90,7 @@ def report(options: Options, sizes: Sizes, device_name: str, say: Callable[[str]
 def _fusion_parts(
     options: Options, network: Network, width: int, card: DataCard, sizes: Sizes, device: torch.device
 ) -> list[Part]:
-    text = text_correlation(network.prompter.get_buffer("fixed"))
+    text = text_correlation(network.class_text)
     fusion = Fusion(
         dataclasses.replace(options.fusion, bank_size=sizes.bank),
         options.correlation,

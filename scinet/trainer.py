@@ -207,9 +207,10 @@ class Trainer:
     def _refresh_graph(self, fusion: Fusion) -> None:
         """Let the label graph follow the observed correlation, once an epoch: it moves slowly and costs C^2 log C."""
         follows = self._options.correlation.source is not CorrelationSource.text
-        if self._options.profile is not Profile.release and follows:
+        network = self.engine.network
+        if network.head is None and self._options.profile is not Profile.release and follows:
             graph = adjacency(fusion.correlation.shrunk(), self._options.correlation.graph_top_k)
-            self.engine.network.get_buffer("graph").copy_(graph)
+            network.get_buffer("graph").copy_(graph)
 
     def _leave_out(self, micro: list[Batch], look: Any, lose: Callable[[Output, int], Step]) -> None:
         """Say where a step's bad numbers come from, keep the batches, and go on or stop. Collective.

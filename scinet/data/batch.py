@@ -218,6 +218,7 @@ def _tell_sharing(num_shards: int, options: DataOptions, share: Share) -> None:
 class Features:
     """Cached features of one split: random [N, A, V, F], plain [N, F], truth [N, C] int8, index [N], ids.
 
+    With cached regions [1 + R, F] stands for F, the pooled features first.
     A variants of V views; ``random`` is empty (A = 0) for splits that only evaluate. A skipped sample keeps its row:
     zeros, index -1, id "".
     """
@@ -267,8 +268,10 @@ class FeatureBatches:
         index = torch.where(has_row, self._features.index[rows], -1)
         valid = index >= 0
         views = [self._features.random[rows, drawn[rows, column], view] for column, view in enumerate(self._views)]
+        inputs = torch.cat(views).float()
+        is_there = valid.repeat(len(self._views)).view(-1, *[1] * (inputs.ndim - 1))
         return Batch(
-            inputs=torch.where(valid.repeat(len(self._views)).unsqueeze(1), torch.cat(views).float(), 0.0),
+            inputs=torch.where(is_there, inputs, 0.0),
             observed=torch.where(valid.unsqueeze(1), self._observed[rows], 0),
             truth=torch.where(valid.unsqueeze(1), self._features.truth[rows], 0),
             index=index,

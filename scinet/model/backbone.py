@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from scinet.data.views import Normalisation
 from scinet.errors import ConfigError, nearest
-from scinet.model import embedded
+from scinet.model import embedded, regions
 from scinet.options import ModelOptions
 
 _log = logging.getLogger(__name__)
+_Dense = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 
 class ImageTower(nn.Module):
@@ -34,10 +35,24 @@ class ImageTower(nn.Module):
     ``trunk`` is what ``model.freeze_image`` freezes; ``projection`` trains in any case.
     """
 
-    def __init__(self, trunk: nn.Module, projection: nn.Module, *, has_regions: bool) -> None:
-        """Take the parts of an open_clip image tower."""
+    def __init__(
+        self, trunk: nn.Module, projection: nn.Module, *, has_regions: bool, dense: _Dense | None = None
+    ) -> None:
+        """Take the parts of an open_clip image tower.
+
+        Args:
+            trunk: images to features.
+            projection: features to embeddings.
+            has_regions: the trunk ends in a feature map that it pools.
+            dense: where it does not: from trunk and images to pooled features [B, F] and those of regions [B, R, F].
+        """
         super().__init__()
-        self.trunk, self.projection, self._has_regions = trunk, projection, has_regions
+        self.trunk, self.projection, self._has_regions, self._dense = trunk, projection, has_regions, dense
+
+    @property
+    def shows_regions(self) -> bool:
+        """Whether :meth:`regions` has an answer."""
+        return self._has_regions or self._dense is not None
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return pooled features [B, F] and, where the tower has a feature map, those of its regions [B, R, F].
@@ -49,7 +64,21 @@ class ImageTower(nn.Module):
             return self.trunk(images), None
         trunk = cast(Any, self.trunk)
         grid = trunk.forward_features(images)
-        return trunk.forward_head(grid), grid.flatten(2).transpose(1, 2)
+        return trunk.forward_head(grid), regions.of_map(trunk, grid)
+
+    def regions(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return pooled features [B, F] and those of the regions [B, R, F], row by row of a square; for heads.
+
+        CLIP's own towers show them here only: the prompt head's attention has never looked at them.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+        """
+        if self._dense is not None:
+            return self._dense(self.trunk, images)
+        pooled, shown = self.features(images)
+        assert shown is not None, "the network refuses such a tower"
+        return pooled, shown
 
 
 class TextTower(nn.Module):
@@ -282,7 +311,7 @@ def _split(model: nn.Module, tokenizer: Any, options: ModelOptions, weights_sha2
         if options.freeze_image:
             tail = nn.Linear(width, width, bias=False)
             nn.init.eye_(tail.weight)
-        tower = ImageTower(visual, tail, has_regions=False)
+        tower = ImageTower(visual, tail, has_regions=False, dense=regions.reader(visual))
     tower.eval()
     scale = float(cast(Any, model).logit_scale.detach().exp())
     del cast(Any, model).visual

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,8 @@ def ensure(
     variants = options.data.cached_variants if split == "train" else 0
     described = [_RECIPE, card.sha256, weights_sha256, split, variants, options.model.image_size]
     described += [options.data.smallest_crop, natively_bf16(ranks.device)]
+    if options.data.cached_regions:
+        described.append(f"regions {options.data.cached_regions}")
     if options.data.on_bad_sample is OnBadSample.skip:
         described.append("skip")  # may have rows without a sample, which `stop` would not take
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
@@ -95,8 +97,8 @@ def _compute(
     for row, example in enumerate(map(BadSamples().checked, stream)):
         if example is not None or made is None:  # a row without a sample is empty, but its width is the network's
             drawn = every_view.blank() if example is None else example.drawn
-            features = network.extract(drawn.to(ranks.device)).cpu()
-            made = made or empty(rows, variants, features.shape[-1], card.num_classes)
+            features = network.extract(drawn.to(ranks.device), side=data.cached_regions).cpu()
+            made = made or empty(rows, variants, features.shape[1:], card.num_classes)
         if example is not None:
             made.random[row] = features[:-1].view(made.random.shape[1:])
             made.plain[row] = features[-1]
@@ -145,11 +147,21 @@ class _EveryView:
         return torch.zeros(self.variants * len(VIEW_NAMES) + 1, 3, side, side)
 
 
-def empty(rows: int, variants: int, width: int, num_classes: int) -> Features:
-    """Return the cache of ``rows`` samples, not filled yet: ``variants`` of each view and a plain one, F wide."""
+def shape(width: int, side: int) -> tuple[int, ...]:
+    """Return what is cached of an image: [F], or [1 + g^2, F] with a grid of regions after the pooled features.
+
+    Args:
+        width: F.
+        side: g, ``data.cached_regions``.
+    """
+    return (1 + side**2, width) if side else (width,)
+
+
+def empty(rows: int, variants: int, shape: Sequence[int], num_classes: int) -> Features:
+    """Return the cache of ``rows`` samples, not filled yet: ``variants`` of each view and a plain one, of a shape."""
     return Features(
-        random=torch.zeros(rows, variants, len(VIEW_NAMES), width, dtype=torch.float16),
-        plain=torch.zeros(rows, width),
+        random=torch.zeros(rows, variants, len(VIEW_NAMES), *shape, dtype=torch.float16),
+        plain=torch.zeros(rows, *shape),
         truth=torch.zeros(rows, num_classes, dtype=torch.int8),
         index=torch.full((rows,), -1),
         ids=(),

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from scinet.errors import ConfigError
+from scinet.model import heads
+from scinet.model import regions as regions_of
 from scinet.model.backbone import Backbone, ImageTower, TextTower
 from scinet.model.label_graph import LabelGraph, adjacency, text_correlation
 from scinet.model.prompter import CrossAttention, Prompter
 from scinet.model.recomputing import recompute_blocks
-from scinet.options import BiDominant, ModelOptions
+from scinet.options import BiDominant, Head, ModelOptions
 
 _SHORTEST = 1e-12  # as torch's normalize
 
@@ -39,7 +41,7 @@ class Frozen:
 
 
 class Network(nn.Module):
-    """SCINet's classifier z = s cos(f, t) + b on a backbone (method.md section 2)."""
+    """SCINet's classifier z = s cos(f, t) + b on a backbone (method.md section 2), or another head (``model.head``)."""
 
     def __init__(self, backbone: Backbone, class_names: tuple[str, ...], options: ModelOptions, *, top_k: int) -> None:
         """Assemble the trainable parts.
@@ -51,13 +53,20 @@ class Network(nn.Module):
             top_k: entries kept in a row of the label graph.
 
         Raises:
-            ConfigError: if the attention heads do not divide the embedding width.
+            ConfigError: if the attention heads do not divide the embedding width, or the head needs regions that the
+                image tower does not show.
         """
         super().__init__()
-        if options.bi_dominant is BiDominant.late and backbone.width % options.attention_heads:
+        is_late = options.head is Head.prompt and options.bi_dominant is BiDominant.late
+        if (is_late or options.head is Head.ml_decoder) and backbone.width % options.attention_heads:
             raise ConfigError(
                 f"model.attention_heads is {options.attention_heads}, expected a divisor of the embedding width "
                 f"{backbone.width} of {backbone.name}"
+            )
+        if options.head.needs_regions and not backbone.image.shows_regions:
+            raise ConfigError(
+                f"'model.head={options.head.value}' looks at the regions of an image, which the image tower of "
+                f"'model.backbone={backbone.name}' does not show: set another head, or another backbone"
             )
         freezes = options.freeze_image
         self.frozen = Frozen(backbone.text, backbone.image if freezes else None)
@@ -70,14 +79,31 @@ class Network(nn.Module):
             if self.image is not None:
                 recompute_blocks(self.image)
         self.prompter = Prompter(backbone.text, class_names, options)
-        self.label_graph = LabelGraph(backbone.width) if options.label_graph else None
-        is_late = options.bi_dominant is BiDominant.late
+        is_prompted = options.head is Head.prompt
+        self.label_graph = LabelGraph(backbone.width) if is_prompted and options.label_graph else None
         self.attend_text = CrossAttention(backbone.width, options.attention_heads) if is_late else None
         self.attend_image = CrossAttention(backbone.width, options.attention_heads) if is_late else None
         self.bias = nn.Parameter(torch.zeros(len(class_names))) if options.learned_bias else None
         self.scale = options.logit_scale or backbone.logit_scale
-        prior = text_correlation(self.prompter.get_buffer("fixed"))
-        self.register_buffer("graph", adjacency(prior, top_k), persistent=True)
+        if is_prompted:
+            self.register_buffer("graph", adjacency(text_correlation(self.class_text), top_k), persistent=True)
+        self.head = heads.build(options, self.class_text, self.prompter.words(backbone.text, options.context))
+        self._needs_regions = options.head.needs_regions
+
+    @property
+    def class_text(self) -> Tensor:
+        """Embeddings of the class names as they are, whatever the head: [C, D] fp32, a buffer that is saved."""
+        return self.prompter.get_buffer("fixed")
+
+    def texts(self) -> Tensor:
+        """Return the text embeddings that a step computes, not normalised: [C, D] fp32, [2, C, D] of ``dualcoop``."""
+        if isinstance(self.head, heads.DualPromptHead):
+            return self.head.texts(self._read)
+        text: Tensor = self.prompter(self.frozen.text)
+        return text
+
+    def _read(self, context: Tensor) -> Tensor:
+        return self.prompter.read(self.frozen.text, context)
 
     def clone(self) -> Network:
         """Return an independent copy that shares the frozen towers; for the teacher."""
@@ -91,24 +117,40 @@ class Network(nn.Module):
                 part.eval()
         return self
 
-    def extract(self, images: Tensor) -> Tensor:
-        """Return the pooled features [N, F] fp32 of the frozen trunk, for the cache of features.
+    def extract(self, images: Tensor, *, side: int = 0) -> Tensor:
+        """Return the features of the frozen trunk for the cache, fp32.
 
         Computed in bf16 where the hardware has it: two to three times as fast (``natively_bf16``).
+
+        Args:
+            images: [N, 3, H, W].
+            side: g of ``data.cached_regions``.
+
+        Returns:
+            the pooled features [N, F]; where g > 0 [N, 1 + g^2, F], those of regions after the pooled ones.
+
+        Raises:
+            ConfigError: if the tower shows fewer regions.
         """
         tower = self.frozen.trunk
         assert tower is not None, "only a frozen trunk has features worth caching"
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=natively_bf16(images.device)):
-            return tower.features(images)[0].float()
+            if not side:
+                return tower.features(images)[0].float()
+            pooled, shown = tower.regions(images)
+            return torch.cat([pooled.unsqueeze(1), regions_of.pooled_to(shown, side)], dim=1).float()
 
     def forward(self, inputs: Tensor) -> Output:
         """Classify.
 
         Args:
-            inputs: images [N, 3, H, W], or cached features [N, F] of a frozen trunk.
+            inputs: images [N, 3, H, W], or cached features [N, F] or [N, 1 + R, F] of a frozen trunk.
         """
         features, regions = self.embed(inputs)
+        if self.head is not None:
+            logits = self.head(features, regions, self._read)
+            return Output(self._biased(logits), _unit(features.float()))
         text = self.prompter(self.frozen.text)
         if self.label_graph is not None:
             text = self.label_graph(text, self.get_buffer("graph"))
@@ -117,8 +159,10 @@ class Network(nn.Module):
             cosine = image @ text.T
         else:
             image, cosine = self._attend(image, text, regions)
-        logits = self.scale * cosine
-        return Output(logits if self.bias is None else logits + self.bias.float(), image)
+        return Output(self._biased(self.scale * cosine), image)
+
+    def _biased(self, logits: Tensor) -> Tensor:
+        return logits if self.bias is None else logits + self.bias.float()
 
     def embed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the image embeddings [N, D], not normalised, and those of their regions [N, R, D] where there are any.
@@ -131,10 +175,13 @@ class Network(nn.Module):
         weight = next(projection.parameters(), None)
         if inputs.ndim == 2:
             features, regions = inputs, None
+        elif inputs.ndim == 3:
+            features, regions = inputs[:, 0], inputs[:, 1:]
         else:
             assert tower is not None
             dtype = next(tower.trunk.parameters()).dtype
-            features, regions = tower.features(inputs.to(dtype))
+            look = tower.regions if self._needs_regions else tower.features
+            features, regions = look(inputs.to(dtype))
         dtype = features.dtype if weight is None else weight.dtype
         return projection(features.to(dtype)), None if regions is None else projection(regions.to(dtype))
 

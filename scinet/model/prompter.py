@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from scinet.model.backbone import TextTower
-from scinet.options import ModelOptions, Prompt
+from scinet.options import Head, ModelOptions, Prompt
 
 
 class Prompter(nn.Module):
@@ -20,16 +20,25 @@ class Prompter(nn.Module):
         with torch.no_grad():
             # saved, since another processor would compute other last digits
             self.register_buffer("fixed", text(tokens).float())
-            words = text.embed_tokens(tokens[0, 1 : 1 + text.count_words(options.context)]).float()
         self.register_buffer("tokens", tokens, persistent=False)
-        self.context = nn.Parameter(words.clone()) if options.prompt is Prompt.learned else None
+        learns = options.head is Head.prompt and options.prompt is Prompt.learned
+        self.context = nn.Parameter(self.words(text, options.context)) if learns else None
 
     def forward(self, text: TextTower) -> Tensor:
         """Return the text embeddings [C, D] fp32, not normalised."""
         fixed: Tensor = self.get_buffer("fixed")
         if self.context is None:
             return fixed
-        learned: Tensor = text(self.get_buffer("tokens"), self.context)
+        return self.read(text, self.context)
+
+    def words(self, text: TextTower, context: str) -> Tensor:
+        """Return the token embeddings [m, W] fp32 of the words that the prompts begin with."""
+        with torch.no_grad():
+            return text.embed_tokens(self.get_buffer("tokens")[0, 1 : 1 + text.count_words(context)]).float().clone()
+
+    def read(self, text: TextTower, context: Tensor) -> Tensor:
+        """Return the text embeddings [C, D] fp32 of the class names in a context [m, W], not normalised."""
+        learned: Tensor = text(self.get_buffer("tokens"), context)
         return learned.float()
 
 

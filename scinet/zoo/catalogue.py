@@ -32,7 +32,8 @@ class Frame:
     """What a recipe may ask about the run.
 
     num_samples: N, size of the sample index. num_positives: of an image of the training split, on average, before the
-    mask. relation: R [C, C] of SCPNet, from the class names. cosines: the untrained network, from inputs to [B, C].
+    mask. relation: R [C, C] of SCPNet, from the class names. cosines: the untrained network, from inputs to [B, C],
+    for VLPL.
     """
 
     num_samples: int
@@ -41,7 +42,7 @@ class Frame:
     num_epochs: int
     device: torch.device
     relation: Callable[[], Tensor]
-    cosines: Callable[[Tensor], Tensor]
+    cosines: Callable[[Tensor], Tensor] | None
 
 
 def table_bytes(options: Options, num_samples: int, num_classes: int) -> int:
@@ -75,6 +76,7 @@ def build(options: Options, frame: Frame) -> Recipe:
     if method is Method.em_apl:
         return SoftNegatives(zoo.entropy, num_epochs=frame.num_epochs, **sizes, device=frame.device)
     if method is Method.vlpl:
+        assert frame.cosines is not None
         return TowersPositives(zoo.entropy, frame.cosines)
     if method is Method.p_asl:
         epochs = round(options.loss.warmup_fraction * frame.num_epochs)

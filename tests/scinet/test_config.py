@@ -251,11 +251,23 @@ def test_all_relations_are_reported_together_when_several_are_broken() -> None:
         (["profile=release"], "model.bi_dominant=none"),
         (["train.global_batch_size=10", "train.accumulation_steps=4"], "train.accumulation_steps=5"),
         (["optimizer.learning_rate=0"], "method=zero_shot"),
+        (["data.cached_regions=2", "model.freeze_image=true"], "data.cache_features=true"),
+        (["method=dualcoop"], "model.head=dualcoop"),
     ],
 )
 def test_relation_is_refused_until_the_other_option_fits(broken: list[str], mended: str) -> None:
     assert mended.partition("=")[0] in _refusal(None, *broken)
     config.load(None, [*broken, mended])
+
+
+@pytest.mark.parametrize("head", ["cam", "ml_decoder", "dualcoop"])
+def test_head_of_regions_is_refused_when_none_are_cached(head: str) -> None:
+    given = ("data.cache_features=true", "model.freeze_image=true", f"model.head={head}")
+    message = _refusal(None, *given)
+    assert f"'model.head={head}'" in message
+    assert "'data.cached_regions'" in message
+    config.load(None, [*given, "data.cached_regions=4"])
+    config.load(None, [*given[:2], "model.head=linear"])
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,29 @@ CACHED = ("model.freeze_image=true", "data.cache_features=true")
 
 @pytest.mark.parametrize("method", [method.value for method in Method if method is not Method.zero_shot])
 def test_step_of_every_method_is_rehearsed(method: str) -> None:
-    found = _rehearse(f"method={method}", *CACHED)
+    own = ("model.head=dualcoop", "data.cached_regions=2") if method == "dualcoop" else ()
+    found = _rehearse(f"method={method}", *CACHED, *own)
     assert found.student > 0
     assert found.teacher > 0
-    assert len(found.moved) >= 10
+    assert len(found.moved) >= (4 if own else 10)  # projection, two contexts, bias
+
+
+@pytest.mark.parametrize("head", ["linear", "cam", "ml_decoder", "dualcoop"])
+@pytest.mark.parametrize("overrides", [(), (*CACHED, "data.cached_regions=2")])
+def test_step_of_every_head_is_rehearsed(head: str, overrides: tuple[str, ...]) -> None:
+    options = _options(f"model.head={head}", *overrides)
+    network = Network(_towers(options.model.freeze_image), NAMES, options.model, top_k=20)
+    for method in ("scinet", "vlpl"):
+        found = _rehearse(f"method={method}", f"model.head={head}", *overrides)
+        assert found.num_parameters == sum(p.numel() for p in network.parameters() if p.requires_grad)
+        assert (found.text > 0) == (head == "dualcoop")
+        assert found.student > 0
+
+
+def test_regions_of_images_are_kept_for_backward() -> None:
+    small, large = (_rehearse("model.head=ml_decoder", *CACHED, f"data.cached_regions={side}") for side in (2, 6))
+    # at least keys and values of 32 more regions in three views of four samples
+    assert large.student - small.student > 2 * 4 * 384 * 32 * 3 * 4
 
 
 def test_untrained_network_of_vlpl_is_counted() -> None:

@@ -1,4 +1,4 @@
-"""The zoo's methods do not depend on ranks, accumulation or a break, what they remember included."""
+"""The zoo's methods and heads do not depend on ranks, accumulation or a break, what they remember included."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 WORKER = Path(__file__).parent / "worker_zoo.py"
 # every method with a memory, every one that looks at the global batch, and one that does neither
 METHODS = ("em", "em_apl", "epr", "role", "ll_r", "ll_cp", "p_asl", "vlpl", "scpnet")
+HEADS = ("bce:linear", "bce:cam", "bce:ml_decoder", "bce:dualcoop", "dualcoop:dualcoop", "vlpl:cam")
 TABLES = {"em_apl": "targets", "role": "estimates", "ll_cp": "corrected", "p_asl": "sum", "scpnet": "ring"}
 OVERRIDES = (
     "data.cache_features=true",
@@ -40,12 +41,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory, scenes: Path, launch: Any) -
     for way, (size, accumulation) in WAYS.items():
         folders[way] = tmp_path_factory.mktemp("zoo")
         own = (f"data.path={scenes}", f"train.accumulation_steps={accumulation}", *OVERRIDES)
-        done = launch("torchrun", "--nproc-per-node", size, WORKER, folders[way], ",".join(METHODS), *own)
+        done = launch("torchrun", "--nproc-per-node", size, WORKER, folders[way], ",".join(METHODS + HEADS), *own)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + HEADS)
 @pytest.mark.parametrize("way", list(WAYS)[1:])
 def test_method_is_equal_when_the_global_batch_is_cut(ended: dict[str, Path], way: str, method: str) -> None:
     want, got = (load_file(str(ended[name] / f"{method}.safetensors")) for name in ("alone", way))
@@ -57,7 +58,7 @@ def test_method_is_equal_when_the_global_batch_is_cut(ended: dict[str, Path], wa
         assert_close(got[name], want[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda t, n=name: f"{n}: {t}")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS + HEADS)
 @pytest.mark.parametrize("way", WAYS)
 def test_method_goes_on_bit_for_bit_when_it_was_broken_off(ended: dict[str, Path], way: str, method: str) -> None:
     assert json.loads((ended[way] / f"{method}.json").read_text())["differing"] == []

@@ -1,6 +1,6 @@
 """One rank of the zoo's test: trains each method for three epochs, whole and from a checkpoint, and writes its end.
 
-Usage, under torchrun: worker_zoo.py OUT METHOD[,METHOD] key=value ...
+Usage, under torchrun: worker_zoo.py OUT METHOD[,METHOD:HEAD] key=value ...
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from scinet import config, materials
 from scinet.checkpoint.keeper import Keeper
 from scinet.distributed import initialise, shut_down
+from scinet.materials import Materials
 from scinet.notes import Notes
 from scinet.options import CheckpointOptions
 from scinet.rundir import RunDirectory
@@ -23,6 +24,12 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 
 MIDDLE = 7  # steps; an epoch has five
+HEADS = {
+    "linear": ("model.head=linear",),
+    "cam": ("model.head=cam", "model.boost_alpha=5", "data.cached_regions=2"),
+    "ml_decoder": ("model.head=ml_decoder", "data.cached_regions=2", "model.decoder_groups=20"),
+    "dualcoop": ("model.head=dualcoop", "data.cached_regions=2", "optimizer.learning_rate=1e-3"),
+}
 
 
 def _end(trainer: Trainer) -> dict[str, Tensor]:
@@ -31,11 +38,15 @@ def _end(trainer: Trainer) -> dict[str, Tensor]:
 
 def main(out: Path, methods: list[str], overrides: list[str]) -> None:
     ranks = initialise(120)
-    made = materials.gather(config.load(None, overrides), ranks, lambda *_: None)
+    made: dict[int, Materials] = {}
     for method in methods:
-        options = config.load(None, [*overrides, f"method={method}"])
+        name, _, head = method.partition(":")
+        options = config.load(None, [*overrides, f"method={name}", *(HEADS[head] if head else ())])
+        regions = options.data.cached_regions
+        if regions not in made:
+            made[regions] = materials.gather(options, ranks, lambda *_: None)
         log = MetricsLog(None)
-        trainer = Trainer(options, made, ranks, log, Silence())
+        trainer = Trainer(options, made[regions], ranks, log, Silence())
         folder = out / method
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         keeper = Keeper(RunDirectory(folder), CheckpointOptions(), ranks, patience_s=60, notes=Notes(ranks))
@@ -48,7 +59,7 @@ def main(out: Path, methods: list[str], overrides: list[str]) -> None:
             trainer.train_epoch(save)
         keeper.wait()
         whole = _end(trainer)
-        again = Trainer(options, made, ranks, MetricsLog(None), Silence())
+        again = Trainer(options, made[regions], ranks, MetricsLog(None), Silence())
         assert keeper.load(again, lambda _: None)
         assert again.progress.step == MIDDLE
         while not again.is_finished:

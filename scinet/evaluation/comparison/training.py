@@ -50,7 +50,7 @@ class Trainings:
         made, ranks = self._materials(options), self._ranks
         started = time.monotonic()
         if options.method is Method.zero_shot:
-            network = made.network(options).to(ranks.device).eval()
+            network = made.zero_shot(options).to(ranks.device).eval()
             scores, told = _untrained(made.plain("test").score(network, ranks))
         else:
             trainer = Trainer(options, made, ranks, MetricsLog(None), Silence())

@@ -42,13 +42,13 @@ def shards(make_shards: MakeShards) -> DataCard:
     return make_shards(29, shard_samples=6)
 
 
-@pytest.fixture(scope="module")
-def features() -> Features:
+@pytest.fixture(params=[(5,), (1 + 4, 5)], ids=["pooled", "with regions"])
+def features(request: pytest.FixtureRequest) -> Features:
     generator = torch.Generator().manual_seed(0)
-    num_samples, variants, num_views, width = 29, 4, 3, 5
+    num_samples, variants, num_views = 29, 4, 3
     return Features(
-        random=torch.randn(num_samples, variants, num_views, width, generator=generator).half(),
-        plain=torch.randn(num_samples, width, generator=generator),
+        random=torch.randn(num_samples, variants, num_views, *request.param, generator=generator).half(),
+        plain=torch.randn(num_samples, *request.param, generator=generator),
         truth=torch.randint(-1, 2, (num_samples, 3), generator=generator).to(torch.int8),
         index=torch.arange(100, 100 + num_samples),
         ids=tuple(f"id-{n}" for n in range(num_samples)),

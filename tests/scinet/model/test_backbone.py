@@ -1,14 +1,18 @@
-"""A backbone that cannot be had is refused with the name that was meant."""
+"""A backbone that cannot be had is refused with the name that was meant; what towers show of an image."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from scinet.errors import ConfigError
-from scinet.model import backbone
+from scinet.model import backbone, regions
+from scinet.model.backbone import ImageTower
 from scinet.options import ModelOptions
 from scinet.paths import cache_directory
 
@@ -82,3 +86,64 @@ def test_embedded_towers_see_and_read_when_loaded() -> None:
     assert loaded.image.projection(features).shape == text.shape == (2, loaded.width)
     assert loaded.text.count_words("a photo of a") == 4
     assert not any(weight.requires_grad for weight in loaded.text.parameters())
+
+
+def _small_clip(kind: str, image_size: int = 64) -> ImageTower:
+    """A tower of open_clip's own CLIP, of random weights."""
+    from open_clip import CLIP
+
+    own: dict[str, Any] = {"layers": [1, 1, 1, 1], "width": 8} if kind == "resnet" else {"layers": 1, "width": 32}
+    vision = {**own, "image_size": image_size, "head_width": 16, "patch_size": 32}
+    text = {"context_length": 8, "vocab_size": 10, "width": 16, "heads": 2, "layers": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = CLIP(16, vision, text)
+    model.visual.preprocess_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return backbone._split(model, None, ModelOptions(), "").image
+
+
+@pytest.mark.parametrize("kind", ["resnet", "transformer"])
+def test_clip_towers_show_regions_beside_what_they_return(kind: str) -> None:
+    tower = _small_clip(kind)
+    with torch.no_grad():
+        images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        pooled, shown = tower.regions(images)
+        plain, none = tower.features(images)
+        assert none is None, "the prompt head sees what it has always seen"
+        assert torch.equal(pooled, plain)
+        assert shown.shape == (2, 4, 16)
+        assert torch.equal(copy.deepcopy(tower).regions(images)[1], shown)
+        # each region sees its own corner most
+        changed = images.clone()
+        changed[:, :, :32, :32] += 5
+        moved = (tower.regions(changed)[1] - shown).norm(dim=2)
+    assert (moved.argmax(1) == 0).all()
+
+
+def test_resnet_pools_a_map_of_one_region_to_that_region() -> None:
+    """Attention to a single place, where mean and place are one and positions are none, is its value, projected."""
+    tower = _small_clip("resnet", image_size=32)
+    pool: Any = tower.trunk.attnpool
+    with torch.no_grad():
+        pool.positional_embedding.zero_()
+        pooled, shown = tower.regions(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(shown[:, 0], pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_regions_of_tokens_and_channels_last_are_rows_of_features() -> None:
+    grid = torch.arange(2 * 3 * 4.0).view(1, 2, 3, 4)  # [B, F, H, W]
+    want = torch.stack([grid[0, :, row, column] for row in range(3) for column in range(4)])
+    channels_last, tokens = nn.Identity(), nn.Identity()
+    channels_last.output_fmt, tokens.num_prefix_tokens = "NHWC", 1  # type: ignore[assignment]
+    assert torch.equal(regions.of_map(nn.Identity(), grid)[0], want)
+    assert torch.equal(regions.of_map(channels_last, grid.permute(0, 2, 3, 1))[0], want)
+    assert torch.equal(regions.of_map(tokens, torch.cat([torch.ones(1, 2), want])[None])[0], want)
+
+
+def test_tower_that_pools_by_attention_shows_no_regions() -> None:
+    from open_clip.transformer import VisionTransformer
+
+    sizes: Any = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0}
+    assert regions.reader(VisionTransformer(**sizes)) is not None
+    assert regions.reader(VisionTransformer(**sizes, attentional_pool=True)) is None
+    assert regions.reader(nn.Linear(1, 1)) is None

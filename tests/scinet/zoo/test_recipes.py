@@ -24,7 +24,8 @@ METHODS = [method.value for method in Method if method not in (Method.scinet, Me
 
 
 def _build(method: str, *overrides: str, cosines: Callable[[Tensor], Tensor] | None = None) -> Recipe:
-    options = config.load(None, [f"method={method}", *overrides])
+    head = ["model.head=dualcoop"] if method == "dualcoop" else []
+    options = config.load(None, [f"method={method}", *head, *overrides])
     frame = Frame(
         num_samples=N,
         num_classes=C,
