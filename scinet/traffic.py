@@ -21,6 +21,7 @@ from scinet.fusion.bank import Neighbours
 from scinet.memory import Subject
 from scinet.options import Method, Options
 from scinet.rehearsal import Rehearsal
+from scinet.zoo.catalogue import sees_everyone
 
 _FP32 = 4
 # of a step's image passes: three views forward and, twice as long, backward; the teacher's view is the tenth
@@ -83,18 +84,26 @@ def plan(options: Options, subject: Subject, world_size: int) -> list[Message]:
         ConfigError: if the global batch does not divide over the ranks.
     """
     tried = subject.rehearse(options, world_size)
-    return [*fusion(options, len(subject.class_names), subject.backbone.width), *weights(options, tried, world_size)]
+    return [*shared(options, len(subject.class_names), subject.backbone.width), *weights(options, tried, world_size)]
 
 
-def fusion(options: Options, num_classes: int, width: int) -> list[Message]:
-    """Return the two messages of the fusion: what the teacher saw, and the confidence it led to."""
-    if options.method is not Method.scinet:
-        return []
+def shared(options: Options, num_classes: int, width: int) -> list[Message]:
+    """Return what a step's losses share of the global batch.
+
+    Of SCINet these are two messages, what the teacher saw and the confidence it led to; of some methods of the zoo one,
+    what the student says.
+    """
     rows, steps = options.train.global_batch_size, options.train.accumulation_steps
     with torch.device("meta"):
         labels = torch.empty(rows, num_classes, dtype=torch.int8)
         confidence, positive = torch.empty(rows, num_classes), torch.empty(rows, num_classes, dtype=torch.bool)
-        seen = Neighbours(torch.empty(rows, width), labels, confidence, torch.empty(rows, dtype=torch.int64))
+        index = torch.empty(rows, dtype=torch.int64)
+        seen = Neighbours(torch.empty(rows, width), labels, confidence, index)
+        everyone = (torch.empty(rows, num_classes), labels, index)
+    if options.method is not Method.scinet:
+        asked = sum(column.nbytes for column in everyone)
+        is_sent = sees_everyone(options.method)
+        return [Message("student's logits, labels, indices", Kind.all_gather, asked)] if is_sent else []
     asked = sum(column.nbytes for column in seen)
     # wanted by the first micro-batch's fusion; the last answer has the backward pass after it
     forward, backward = _STUDENT_FORWARD / steps, _STUDENT_BACKWARD / steps

@@ -15,7 +15,7 @@ from scinet.model import backbone as model_backbone
 from scinet.options import Options
 from scinet.paths import cache_directory
 from scinet.report.data_page import size
-from scinet.traffic import Links, Message, fusion, step_seconds, weights
+from scinet.traffic import Links, Message, shared, step_seconds, weights
 
 STAGES = (0, 1, 2, 3)
 
@@ -33,12 +33,12 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Row:
-    """One G and R: accumulation steps, the fusion's messages, those of the weights by ZeRO stage, and computing."""
+    """One G and R: accumulation steps, messages that losses share, those of weights by ZeRO stage, and computing."""
 
     rows: int
     ranks: int
     steps: int
-    fusion: list[Message]
+    shared: list[Message]
     weights: dict[int, list[Message]]
     compute_s: float
 
@@ -76,7 +76,7 @@ def rows(options: Options, subject: Subject, scenario: Scenario) -> Iterator[Row
                 stage: weights(config.replace(own, deepspeed={"zero_optimization": {"stage": stage}}), tried, ranks)
                 for stage in STAGES
             }
-            sent = fusion(own, len(subject.class_names), subject.backbone.width)
+            sent = shared(own, len(subject.class_names), subject.backbone.width)
             yield Row(batch, ranks, steps, sent, staged, tried.flop * steps / scenario.flop_per_s)
 
 
@@ -105,9 +105,9 @@ def _stages() -> list[str]:
 
 
 def _bytes(found: Sequence[Row]) -> str:
-    lines = [_header("G", "ranks", "micro-batches", "fusion", *_stages())]
+    lines = [_header("G", "ranks", "micro-batches", "losses", *_stages())]
     for row in found:
-        total = [size(sum(message.sent(row.ranks) for message in sent)) for sent in (row.fusion, *row.weights.values())]
+        total = [size(sum(message.sent(row.ranks) for message in sent)) for sent in (row.shared, *row.weights.values())]
         lines.append(f"| {row.rows:,} | {row.ranks} | {row.steps} | {' | '.join(total)} |\n")
     return "".join(lines)
 
@@ -117,7 +117,7 @@ def _times(found: Sequence[Row], scenario: Scenario) -> str:
     for row in found:
         shown = []
         for sent in row.weights.values():
-            taken, exposed = step_seconds([*row.fusion, *sent], row.compute_s, scenario.links, row.ranks)
+            taken, exposed = step_seconds([*row.shared, *sent], row.compute_s, scenario.links, row.ranks)
             shown.append(f"{taken:.3f} s ({exposed / taken:.1%})")
         lines.append(f"| {row.rows:,} | {row.ranks} | {row.compute_s:.3f} s | {' | '.join(shown)} |\n")
     return "".join(lines)

@@ -24,6 +24,11 @@ from scinet.zoo.selective import Selective
 
 # bytes of every sample's cell that a method keeps on every rank
 _CELL_BYTES = {Method.role: LabelEstimates.CELL_BYTES, Method.em_apl: SoftNegatives.CELL_BYTES, Method.ll_cp: 1}
+# whose recipes need everyone
+_SEES_EVERYONE = {
+    *(Method.epr, Method.role, Method.em_apl, Method.ll_r, Method.ll_ct, Method.ll_cp),
+    *(Method.p_asl, Method.scpnet),
+}
 _Cells = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -48,6 +53,11 @@ class Frame:
 def table_bytes(options: Options, num_samples: int, num_classes: int) -> int:
     """Return the size of the table of every sample's labels that a method keeps on every rank."""
     return _CELL_BYTES.get(options.method, 0) * num_samples * num_classes
+
+
+def sees_everyone(method: Method) -> bool:
+    """Return whether a step of a method gathers what the student says of the whole global batch."""
+    return method in _SEES_EVERYONE
 
 
 def build(options: Options, frame: Frame) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scinet import config
-from scinet.traffic import Kind, Links, Message, fusion, step_seconds
+from scinet.traffic import Kind, Links, Message, shared, step_seconds
 
 LINKS = Links(ranks_per_host=4, inside=1e9, between=1e8, latency_s=1e-3)
 
@@ -29,10 +29,16 @@ def test_slowest_link_of_the_ring_counts() -> None:
 def test_fusion_sends_every_row_once_whatever_the_accumulation() -> None:
     for steps in (1, 4):
         words = ["train.global_batch_size=64", f"train.accumulation_steps={steps}"]
-        asked, answered = fusion(config.load(None, words), 10, 16)
+        asked, answered = shared(config.load(None, words), 10, 16)
         assert asked.num_bytes * asked.times == 64 * (4 * 16 + 10 + 4 * 10 + 8)
         assert answered.num_bytes * answered.times == 64 * (4 * 10 + 10)
-    assert fusion(config.load(None, ["method=bce"]), 10, 16) == []
+
+
+def test_method_of_the_zoo_sends_logits_and_labels_where_it_looks_at_the_global_batch() -> None:
+    words = ["train.global_batch_size=64", "train.accumulation_steps=4"]
+    (sent,) = shared(config.load(None, [*words, "method=ll_r"]), 10, 16)
+    assert sent.num_bytes * sent.times == 64 * (4 * 10 + 10 + 8)
+    assert shared(config.load(None, [*words, "method=bce"]), 10, 16) == []
 
 
 def test_messages_hide_behind_their_share_of_the_computing() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from scinet import config, zoobench
+from scinet import zoobench
 from scinet.options import Method, Options
 from scinet.zoo.catalogue import table_bytes
 
@@ -18,7 +20,7 @@ A_CLASS = 64  # bytes, of counts and means
 @pytest.mark.parametrize("method", zoobench.METHODS)
 def test_method_stays_within_what_is_stated_at_thousands_of_classes(method: Method) -> None:
     found = zoobench.measure(method, SETTING)
-    options = config.replace(Options(), method=method)
+    options = dataclasses.replace(Options(), method=method)
     stated = table_bytes(options, SETTING.num_samples, C)
     if method is Method.scpnet:
         # its relation between classes, and a window of pseudo-positives

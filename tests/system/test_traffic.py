@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 WORKER = Path(__file__).parent / "worker_traffic.py"
 # four ranks differ from two in the ring only
-KINDS = {2: ("bf16", "accumulated"), 4: ("accumulated",)}
+KINDS = {2: ("bf16", "accumulated", "zoo"), 4: ("accumulated",)}
 Rows = dict[str, dict[str, dict[str, int]]]
 
 

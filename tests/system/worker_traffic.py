@@ -42,6 +42,7 @@ COUNTED = (
 KINDS = {
     "bf16": ["train.precision=bf16"],
     "accumulated": ["train.precision=fp32", "train.accumulation_steps=2"],
+    "zoo": ["train.precision=fp32", "train.accumulation_steps=2", "method=ll_r"],
 }
 SAME = {
     "all_gather_into_tensor": "all_gather",

@@ -15,7 +15,7 @@ from scinet import config
 from scinet.data.batch import Batch
 from scinet.errors import ConfigError
 from scinet.options import Method
-from scinet.zoo.catalogue import Frame, build, table_bytes
+from scinet.zoo.catalogue import Frame, build, sees_everyone, table_bytes
 from scinet.zoo.recipe import Everyone, Recipe
 
 N, C = 12, 4
@@ -132,6 +132,11 @@ def test_table_of_a_method_is_refused_when_it_is_larger_than_the_budget() -> Non
 def test_announced_table_is_the_one_that_is_kept(method: str) -> None:
     kept = sum(value.nbytes for value in _build(method).state_dict().values() if value.shape == (N, C))
     assert table_bytes(config.load(None, [f"method={method}"]), N, C) == kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_announced_look_at_the_global_batch_is_the_one_that_is_taken(method: str) -> None:
+    assert _build(method).needs_everyone == sees_everyone(Method(method))
 
 
 def test_correction_stays_when_it_was_permanent() -> None:
