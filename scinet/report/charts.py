@@ -196,6 +196,13 @@ def _is_number(value: object) -> bool:
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """Give a figure of `width` x `height` inches with one pair of axes, under the settings of all charts."""
+    with panels(width, height, 1, 1) as (figure, (axes,)):
+        yield figure, axes
+
+
+@contextmanager
+def panels(width: float, height: float, num_rows: int, num_columns: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Give a figure with rows of axes that share their y, under the settings of all charts."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -219,7 +226,7 @@ def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         figure = Figure(figsize=(width, height))
         # The reader's font may run wider than the one that matplotlib lays out with: room for that at the edges.
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        yield figure, figure.add_subplot()
+        yield figure, list(figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat)
 
 
 def to_svg(figure: Figure) -> bytes:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from scinet.report.charts import COLOURS, chart_label, drawing, to_svg
+from scinet.report.charts import COLOURS, chart_label, drawing, panels, to_svg
 
 _GREY = "#8c8c8c"
 _COLOURED = (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[3])
 _MARKERS = "os^D"
 _LINE_INCHES = 0.155  # of a label
 _LONGEST_LABEL = 30
+_MOST_BESIDE = 4
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,53 @@ def curve_chart(curves: Sequence[Curve], highlighted: Sequence[str], axis: str, 
         axes.margins(x=0.02, y=0.05)
         _name_ends(axes, shown, highlighted, places[-1])
         return to_svg(figure)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The curves over one of several axes, and where on it the first method stands as it is, if anywhere."""
+
+    axis: str
+    curves: Sequence[Curve]
+    unchanged: float | None
+
+
+def panel_chart(shown: Sequence[Panel], highlighted: Sequence[str]) -> bytes | None:
+    """Draw a small panel for each axis, all with the same height of a point; values stand side by side, evenly.
+
+    Args:
+        shown: of the axes.
+        highlighted: at most four methods, drawn in colour.
+    """
+    num_columns = min(_MOST_BESIDE, len(shown))
+    num_rows = -(-len(shown) // max(1, num_columns))
+    if not shown:
+        return None
+    with panels(9.2, 2.2 * num_rows + 0.5, num_rows, num_columns) as (figure, all_axes):
+        for axes, panel in zip(all_axes, shown, strict=False):
+            values = sorted({float(x) for curve in panel.curves for x in curve.x})
+            for curve in reversed(panel.curves):
+                look = _look(curve.method, highlighted)
+                places = [values.index(float(x)) for x in curve.x]
+                axes.plot(places, curve.mean, **look, label=chart_label(curve.method, limit=_LONGEST_LABEL))
+                low, high = curve.mean - curve.deviation, curve.mean + curve.deviation
+                axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            if panel.unchanged is not None:
+                axes.axvline(values.index(panel.unchanged), color="#555555", linewidth=0.9, linestyle=":")
+            axes.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+            axes.set_xlabel(chart_label(panel.axis, limit=_LONGEST_LABEL))
+        for axes in all_axes[len(shown) :]:
+            axes.set_visible(False)
+        for axes in all_axes[::num_columns]:
+            axes.set_ylabel("test mAP, %")
+        if len(shown[0].curves) > 1:
+            figure.legend(*_legend(all_axes[0]), loc="outside lower center", ncols=_MOST_BESIDE, frameon=False)
+        return to_svg(figure)
+
+
+def _legend(axes: Any) -> tuple[list[Any], list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    return handles[::-1], labels[::-1]
 
 
 def _name_ends(axes: Any, curves: Sequence[Curve], highlighted: Sequence[str], right: float) -> None:
@@ -138,32 +186,42 @@ def bar_chart(rows: Sequence[dict[str, Any]], highlighted: Sequence[str]) -> byt
         return to_svg(figure)
 
 
-def difference_chart(rows: Sequence[dict[str, Any]], first: str, highlighted: Sequence[str]) -> bytes | None:
-    """Draw how far each method is from the first, best on top, with the 95 % interval over test images.
+def difference_chart(
+    columns: dict[str, Sequence[dict[str, Any]]], first: str, highlighted: Sequence[str]
+) -> bytes | None:
+    """Draw how far each method is from the first, with the 95 % interval over test images, columns side by side.
 
     Args:
-        rows: of one column, with ``method`` and ``difference``; those without a difference are left out.
+        columns: by name their rows, with ``method`` and ``difference``; the first column says which methods are
+            shown, best on top, and those without a difference are left out.
         first: the method that the others are held to, which is the zero line.
         highlighted: methods drawn in colour.
     """
-    shown = sorted((row for row in rows if row["difference"]), key=lambda row: row["difference"]["mean"])
-    if not shown:
+    ranked = [row for row in next(iter(columns.values())) if row["difference"]]
+    methods = [row["method"] for row in sorted(ranked, key=lambda row: row["difference"]["mean"])]
+    if not methods:
         return None
-    with drawing(9.2, 0.24 * len(shown) + 0.95) as (figure, axes):
-        axes.axvline(0, color=COLOURS[0], linewidth=1.4)
-        for place, row in enumerate(shown):
-            found = row["difference"]
-            is_told = not found["low"] <= 0 <= found["high"]
-            colour = _look(row["method"], highlighted)["color"]
-            colour = colour if row["method"] in highlighted else "#555555"
-            axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.8)
-            fill = colour if is_told else "#ffffff"
-            axes.plot(found["mean"], place, "o", color=colour, markerfacecolor=fill, markersize=5.5)
-        _name_rows(axes, [row["method"] for row in shown], highlighted)
-        axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set(xlabel=f"test mAP minus that of {chart_label(first)}, points")
-        axes.xaxis.set_major_formatter("{x:+g}")
+    with panels(9.2, 0.24 * len(methods) + 0.95 + 0.2 * (len(columns) > 1), 1, len(columns)) as (figure, all_axes):
+        for axes, (name, rows) in zip(all_axes, columns.items(), strict=True):
+            axes.axvline(0, color=COLOURS[0], linewidth=1.4)
+            for row in rows:
+                if row["method"] in methods and row["difference"]:
+                    _draw_interval(axes, row, methods.index(row["method"]), highlighted)
+            axes.xaxis.set_major_formatter("{x:+g}")
+            if len(columns) > 1:
+                axes.set_title(chart_label(name, limit=_LONGEST_LABEL), fontsize=9)
+        _name_rows(all_axes[0], methods, highlighted)
+        all_axes[0].set_ylim(-0.7, len(methods) - 0.3)
+        figure.supxlabel(f"test mAP minus that of {chart_label(first)}, points", fontsize=9)
         return to_svg(figure)
+
+
+def _draw_interval(axes: Any, row: dict[str, Any], place: int, highlighted: Sequence[str]) -> None:
+    found = row["difference"]
+    is_told = not found["low"] <= 0 <= found["high"]
+    colour = _look(row["method"], highlighted)["color"] if row["method"] in highlighted else "#555555"
+    axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=1.8)
+    axes.plot(found["mean"], place, "o", color=colour, markerfacecolor=colour if is_told else "#ffffff", markersize=5.5)
 
 
 def _name_rows(axes: Any, methods: Sequence[str], highlighted: Sequence[str]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from scinet.report import comparison_charts as charts
-from scinet.report.comparison_charts import Curve
+from scinet.report.comparison_charts import Curve, Panel
 from scinet.report.rendering import Chart, chart, render, write_page
 
 _NUM_COLOURED = 4
 _MOST_CLASSES = 12
+_MOST_DIFFERENCES = 5
 
 
 def write(directory: Path, tree: dict[str, Any]) -> Path:
@@ -27,15 +28,20 @@ def write(directory: Path, tree: dict[str, Any]) -> Path:
     rows = tree["tables"]["selected"]["rows"]
     ranked = [row for row in rows if row["column"] == tree["ranked_by"]]
     coloured = _coloured(tree, ranked)
-    difference = charts.difference_chart(ranked, tree["first"], coloured)
+    curves = _curves(tree, rows, coloured)
+    differences = _differences(tree, rows)
+    difference = chart(
+        charts.difference_chart(differences, tree["first"], coloured), "Differences", _difference_alt(ranked)
+    )
     page = render(
         "comparison_page.html.j2",
         tree=tree,
         summary=_summary(tree, ranked),
         coloured=coloured,
-        curves=_curves(tree, rows, coloured),
+        curves=list(curves.values()),
         bars=_bars(tree, rows, coloured),
-        difference=chart(difference, "Differences", _difference_alt(ranked), is_wide=False),
+        difference=difference,
+        difference_columns=list(differences),
         tables=[_view(tree, moment, table) for moment, table in tree["tables"].items()],
         classes=_classes(tree["classes"]),
         beside=tree["beside"],
@@ -44,7 +50,17 @@ def write(directory: Path, tree: dict[str, Any]) -> Path:
     )
     path = directory / "comparison.html"
     write_page(path, page)
+    for name, picture in (curves | {"differences": difference}).items():
+        if picture is not None:
+            picture.write(directory / f"comparison-{name}.svg")
     return path
+
+
+def _differences(tree: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
+    """Return the rows of the columns whose differences are drawn: all, where they are few, or that of the ranking."""
+    names = list(dict.fromkeys([tree["ranked_by"], *(row["column"] for row in rows)]))
+    names = names if len(names) <= _MOST_DIFFERENCES else names[:1]
+    return {name: [row for row in rows if row["column"] == name] for name in names}
 
 
 def _coloured(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[str]:
@@ -70,25 +86,34 @@ def _summary(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[tup
     return tiles
 
 
-def _curves(tree: dict[str, Any], rows: Sequence[dict[str, Any]], coloured: Sequence[str]) -> list[Chart]:
+def _curves(tree: dict[str, Any], rows: Sequence[dict[str, Any]], coloured: Sequence[str]) -> dict[str, Chart]:
+    """Return by name a chart over the share of known labels, and one over the plan's own axes."""
     ratios = [column for column in tree["columns"] if column["known_ratio"] is not None]
-    settings = [c for c in tree["columns"] if c["known_ratio"] is None and c["place"] is not None]
-    drawn = [
-        _curve_chart(tree, rows, coloured, ratios, "share of labels known", is_share=True),
-        _curve_chart(tree, rows, coloured, settings, tree["axis"], is_share=False),
+    named = {column["axis"]: [c for c in tree["columns"] if c["axis"] == column["axis"]] for column in tree["columns"]}
+    axes = {axis: columns for axis, columns in named.items() if axis}
+    panels = [
+        Panel(axis, _drawn(tree, rows, columns), next((c["place"] for c in columns if c["is_unchanged"]), None))
+        for axis, columns in axes.items()
     ]
-    return [found for found in drawn if found is not None]
+    known = charts.curve_chart(_drawn(tree, rows, ratios), coloured, "share of labels known", is_share=True)
+    if len(panels) == 1:
+        svg = charts.curve_chart(panels[0].curves, coloured, panels[0].axis, is_share=False)
+    else:
+        svg = charts.panel_chart(panels, coloured)
+    over = ", ".join(axes)
+    drawn = {
+        "known-ratio": chart(known, "Test mAP over the share of labels known", _alt("share of labels known")),
+        "axes": chart(svg, f"Test mAP over {over}", _alt(over)),
+    }
+    return {name: found for name, found in drawn.items() if found is not None}
 
 
-def _curve_chart(
-    tree: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
-    coloured: Sequence[str],
-    columns: Sequence[dict[str, Any]],
-    axis: str,
-    *,
-    is_share: bool,
-) -> Chart | None:
+def _alt(axis: str) -> str:
+    return f"Test mAP of each method over {axis}; the table has the values"
+
+
+def _drawn(tree: dict[str, Any], rows: Sequence[dict[str, Any]], columns: Sequence[dict[str, Any]]) -> list[Curve]:
+    """Return a curve of each method over columns that stand on one axis."""
     columns = sorted(columns, key=lambda column: float(column["place"]))
     cells = {(row["method"], row["column"]): row for row in rows}
     x = np.array([column["place"] for column in columns], dtype=np.float64)
@@ -98,14 +123,13 @@ def _curve_chart(
         mean = np.array([math.nan if row["mean"] is None else row["mean"] for row in own], dtype=np.float64)
         deviation = np.array([row["std"] or 0.0 for row in own], dtype=np.float64)
         curves.append(Curve(method, x, mean, deviation))
-    svg = charts.curve_chart(curves, coloured, axis, is_share=is_share)
-    return chart(svg, f"Test mAP over the {axis}", f"Test mAP of each method over the {axis}; the table has the values")
+    return curves
 
 
 def _bars(tree: dict[str, Any], rows: Sequence[dict[str, Any]], coloured: Sequence[str]) -> list[Chart]:
     """Return a chart for each column that no curve shows."""
     ratios = [column for column in tree["columns"] if column["known_ratio"] is not None]
-    placed = [column for column in tree["columns"] if column["known_ratio"] is None and column["place"] is not None]
+    placed = [column for column in tree["columns"] if column["axis"]]
     on_curves = [column["name"] for columns in (ratios, placed) if len(columns) > 1 for column in columns]
     drawn = []
     for name in (column["name"] for column in tree["columns"]):

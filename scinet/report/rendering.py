@@ -24,6 +24,11 @@ class Chart:
     source: str  # data: address
     is_wide: bool = False
 
+    def write(self, path: Path) -> None:
+        """Write the drawing as a file of its own, on white, since a reader's page may be dark."""
+        svg = base64.b64decode(self.source.partition(",")[2]).decode()
+        write_page(path, svg.replace("<svg ", '<svg style="background:#ffffff" ', 1))
+
 
 def chart(svg: bytes | None, title: str, alt: str, *, is_wide: bool = False) -> Chart | None:
     """Return a drawing as a chart of a page, None where nothing was drawn."""
@@ -66,7 +71,7 @@ def render(template: str, **content: Any) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page whole or not at all."""
+    """Write a page, or a drawing, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         # File names may hold bytes that are no UTF-8 (lone surrogates in Python): a question mark stands for each.

@@ -22,7 +22,8 @@ from scinet.rundir import FREE_ON_RESUME, write_text
 
 SEMANTICS = 1
 """What the training code makes of equal options. Raise it by hand with every change after which the same options, data
-and weights may train to other predictions (a loss, an initialisation, an order): older cells then no longer count."""
+and weights may train to other predictions (a loss, an initialisation, an order, a default): older cells then no longer
+count. Options at their defaults have no part in a key, so that a new one leaves finished cells as they are."""
 
 # the mask file counts by its content, the data by their card
 _WITHOUT_EFFECT = {*FREE_ON_RESUME, "name", "data.path", "data.mask_file", "train.log_every_steps"} - {
@@ -99,7 +100,9 @@ def key_of(options: Options, facts: Facts) -> str | None:
         mask = facts.masks[options.data.mask_file] if options.data.mask_file else ""
     except KeyError:
         return None
-    described = json.dumps([SEMANTICS, effective(options), *known, mask], sort_keys=True)
+    default = effective(Options())
+    changed = {key: value for key, value in effective(options).items() if value != default[key]}
+    described = json.dumps([SEMANTICS, changed, *known, mask], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

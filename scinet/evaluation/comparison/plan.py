@@ -13,7 +13,7 @@ from scinet.errors import ConfigError, nearest
 from scinet.options import Options
 
 _REQUIRED = ("output", "base", "methods", "seeds")
-_KEYS = (*_REQUIRED, "known_ratios", "settings", "axis", "test_peak")
+_KEYS = (*_REQUIRED, "known_ratios", "settings", "axes", "test_peak")
 # what the grid decides of its cells
 _OWN = ("seed", "data.mask_seed", "train.test_at_end", "output", "name")
 _SEED = "{seed}"
@@ -27,13 +27,15 @@ class Column:
         name: what the table calls it, unique.
         overrides: set after a method's own.
         known_ratio: of a column that is one.
-        place: where it stands on an axis: the ratio, or the number that a setting's name is.
+        place: where it stands on an axis: the ratio, or the number that its name ends with.
+        axis: the named axis that it stands on, or "".
     """
 
     name: str
     overrides: tuple[str, ...]
     known_ratio: float | None
     place: float | None
+    axis: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,6 @@ class Plan:
     methods: dict[str, tuple[str, ...]]
     columns: tuple[Column, ...]
     seeds: tuple[int, ...]
-    axis: str
     test_peak: bool
 
     @property
@@ -83,9 +84,8 @@ def read(path: Path) -> Plan:
             output=Path(_text(tree, "output")),
             base=path.parent / _text(tree, "base"),
             methods=_lists(tree, "methods"),
-            columns=(*_ratios(tree), *_settings(tree)),
+            columns=(*_ratios(tree), *_settings(tree), *_axes(tree)),
             seeds=tuple(_seed(seed) for seed in _listed(tree, "seeds")),
-            axis=_text(tree, "axis") if "axis" in tree else "",
             test_peak=_flag(tree, "test_peak"),
         )
         _check(plan)
@@ -163,6 +163,18 @@ def expand(plan: Plan) -> list[Cell]:
     return list(_cells(plan))
 
 
+def unchanged(plan: Plan) -> set[str]:
+    """Return the columns on axes that leave the first method as it is: where its own value of the axis stands."""
+    method, overrides = next(iter(plan.methods.items()))
+    placed = [column for column in plan.columns if column.axis]
+
+    def load(column: Column) -> Options:
+        return _load(plan, method, column, overrides, plan.seeds[0])
+
+    own = load(Column("", (), None, None)) if placed else None
+    return {column.name for column in placed if load(column) == own}
+
+
 def _cells(plan: Plan) -> Iterator[Cell]:
     for method, overrides in plan.methods.items():
         for column in plan.columns:
@@ -187,9 +199,9 @@ def _load(plan: Plan, method: str, column: Column, overrides: Sequence[str], see
 
 def _check(plan: Plan) -> None:
     if not plan.columns:
-        raise ConfigError("has neither 'known_ratios' nor 'settings': name at least one of either")
+        raise ConfigError("has none of 'known_ratios', 'settings' and 'axes': name at least one")
     _check_once("'seeds'", [str(seed) for seed in plan.seeds])
-    _check_once("'known_ratios' and 'settings'", [column.name for column in plan.columns])
+    _check_once("'known_ratios', 'settings' and 'axes'", [column.name for column in plan.columns])
     has_ratios = any(column.known_ratio is not None for column in plan.columns)
     owned = (*_OWN, "data.known_ratio") if has_ratios else _OWN
     lists = [(f"method '{name}'", own, owned) for name, own in plan.methods.items()]
@@ -251,8 +263,19 @@ def _ratios(tree: dict[str, Any]) -> Iterator[Column]:
 
 def _settings(tree: dict[str, Any]) -> Iterator[Column]:
     for name, overrides in _lists(tree, "settings").items():
-        place = _number(name) if "axis" in tree else None
-        yield Column(name if place is None else f"{tree['axis']} {name}", overrides, None, place)
+        yield Column(name, overrides, None, None)
+
+
+def _axes(tree: dict[str, Any]) -> Iterator[Column]:
+    axes = tree.get("axes") or {}
+    if not isinstance(axes, dict) or not all(isinstance(values, dict) for values in axes.values()):
+        raise ConfigError(f"'axes' is {axes!r}, expected `name: {{number: [key=value, ...], ...}}` lines")
+    for axis, values in axes.items():
+        for name, overrides in _lists({str(axis): values}, str(axis)).items():
+            place = _number(name)
+            if place is None:
+                raise ConfigError(f"'axes' has '{name}' on '{axis}', expected a number")
+            yield Column(f"{axis} {name}", overrides, None, place, str(axis))
 
 
 def _seed(value: Any) -> int:

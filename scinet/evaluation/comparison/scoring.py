@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scinet.evaluation.comparison.plan import Cell, Plan
+from scinet.evaluation.comparison.plan import unchanged as find_unchanged
 from scinet.evaluation.comparison.store import MOMENTS, Record, TestSet
 from scinet.evaluation.metrics import percentile_interval
 
@@ -58,15 +59,22 @@ def summarise(plan: Plan, entries: Sequence[Entry], test_sets: dict[str, TestSet
     done = [entry for entry in entries if entry.record]
     moments = (*MOMENTS, "test_peak") if plan.test_peak else MOMENTS
     rows = {moment: _table(plan, entries, moment) for moment in moments}
+    unchanged = find_unchanged(plan)
     return {
         "name": plan.output.name,
         "base": str(plan.base),
         "seeds": list(plan.seeds),
         "methods": {method: list(overrides) for method, overrides in plan.methods.items()},
         "columns": [
-            {"name": column.name, "known_ratio": column.known_ratio, "place": column.place} for column in plan.columns
+            {
+                "name": column.name,
+                "known_ratio": column.known_ratio,
+                "axis": column.axis,
+                "place": column.place,
+                "is_unchanged": column.name in unchanged,
+            }
+            for column in plan.columns
         ],
-        "axis": plan.axis,
         "first": next(iter(plan.methods)),
         "ranked_by": _ranked_by(plan),
         "tables": {moment: {"title": TITLES[moment], "rows": own} for moment, own in rows.items()},

@@ -90,7 +90,7 @@ def test_rows_are_ordered_by_every_column_without_a_script(tmp_path: Path) -> No
 
 def test_every_method_is_named_at_its_curve_when_there_are_many(tmp_path: Path) -> None:
     methods = [f"method {number}" for number in range(22)]
-    more = "known_ratios: [0.1, 0.5, 0.9]\nsettings: {0: [], 0.2: [data.shuffle_window=1]}\naxis: noise\nseeds: [0]"
+    more = "known_ratios: [0.1, 0.5, 0.9]\naxes: {noise: {0: [], 0.2: [data.shuffle_window=1]}}\nseeds: [0]"
     page = _page(tmp_path, methods, more, lambda cell: 0.3 + 0.001 * int(cell.method.split()[1]))
     ratios, noise, differences = page.images("image/svg+xml")
     for drawing in (ratios, noise):
@@ -99,6 +99,18 @@ def test_every_method_is_named_at_its_curve_when_there_are_many(tmp_path: Path) 
     assert {"0", "0.2", "noise"} <= _labels(noise)
     assert set(methods[1:]) <= _labels(differences)
     assert "method 0" not in _labels(differences)
+
+
+def test_axes_are_panels_of_one_picture_when_there_are_several(tmp_path: Path) -> None:
+    axes = "axes: {mu: {0: [fusion.momentum=0], 0.8: [fusion.momentum=0.8]}, '<K>': {1: [loss.hard_k=1], 5: []}}"
+    page = _page(tmp_path, ["a", "b"], f"{axes}\nseeds: [0, 1]")
+    panels, differences = page.images("image/svg+xml")
+    assert {"mu", "<K>", "0", "0.8", "1", "5", "a", "b", "test mAP, %"} <= _labels(panels)
+    assert {"mu 0", "mu 0.8", "<K> 1", "<K> 5"} <= _labels(differences)
+    assert "A dotted line: its own value" in _headings(page)
+    for name, drawing in (("axes", panels), ("differences", differences)):
+        written = (tmp_path / f"comparison-{name}.svg").read_bytes()
+        assert written.replace(b' style="background:#ffffff"', b"", 1) == drawing != written
 
 
 def test_settings_are_bars_and_so_is_a_single_ratio(tmp_path: Path) -> None:

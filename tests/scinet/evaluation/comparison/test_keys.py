@@ -63,6 +63,14 @@ def test_key_is_another_when_the_weights_are(monkeypatch: pytest.MonkeyPatch) ->
     assert _key() != before
 
 
+def test_key_stays_when_the_code_learns_an_option_whose_default_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, plain = _key("method=bce"), keys.effective
+    monkeypatch.setattr(keys, "effective", lambda options: plain(options) | {"loss.unheard": 1.0})
+    assert _key("method=bce") == before
+
+
 def test_there_is_no_key_when_a_fact_is_missing() -> None:
     assert _key(facts=Facts()) is None
     assert _key("data.mask_file=three.jsonl") is None

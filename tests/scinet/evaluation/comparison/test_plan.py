@@ -48,11 +48,26 @@ def test_ratios_may_be_left_out_when_there_are_settings(tmp_path: Path) -> None:
     assert [column.name for column in make_plan(tmp_path, text).columns] == ["single"]
 
 
-def test_a_setting_has_a_place_when_its_name_is_a_number_and_the_axis_is_named(tmp_path: Path) -> None:
-    text = PLAN + "settings: {0: [], 0.5: [data.shuffle_window=1], other: []}\n"
-    assert [column.place for column in make_plan(tmp_path, text).columns[2:]] == [None] * 3
-    columns = make_plan(tmp_path, text + "axis: noise\n").columns[2:]
-    assert [(column.name, column.place) for column in columns] == [("noise 0", 0), ("noise 0.5", 0.5), ("other", None)]
+def test_columns_stand_on_their_axes(tmp_path: Path) -> None:
+    text = (
+        PLAN
+        + "settings: {7: []}\naxes: {noise: {0: [], 0.5: [data.shuffle_window=1]}, epochs: {2: [train.epochs=2]}}\n"
+    )
+    columns = make_plan(tmp_path, text).columns[2:]
+    assert [(column.name, column.axis, column.place) for column in columns] == [
+        ("7", "", None),
+        ("noise 0", "noise", 0),
+        ("noise 0.5", "noise", 0.5),
+        ("epochs 2", "epochs", 2),
+    ]
+
+
+def test_value_of_an_axis_that_the_first_method_has_itself_is_known(tmp_path: Path) -> None:
+    axes = "axes: {mu: {0.5: [fusion.momentum=0.5], 0.8: [fusion.momentum=0.8]}, epochs: {3: [train.epochs=3]}}\n"
+    assert plan.unchanged(make_plan(tmp_path, PLAN + axes)) == {"mu 0.8", "epochs 3"}
+    other = (PLAN + axes).replace("scinet: []", "scinet: [fusion.momentum=0.5]")
+    assert plan.unchanged(make_plan(tmp_path, other)) == {"mu 0.5", "epochs 3"}
+    assert plan.unchanged(make_plan(tmp_path)) == set()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +75,7 @@ def test_a_setting_has_a_place_when_its_name_is_a_number_and_the_axis_is_named(t
     [
         ("seeds", "seed", "unknown key 'seed'; did you mean 'seeds'"),
         ("output: out", "", "has no 'output'"),
-        ("known_ratios: [0.1, 0.5]", "", "neither 'known_ratios' nor 'settings'"),
+        ("known_ratios: [0.1, 0.5]", "", "none of 'known_ratios', 'settings' and 'axes'"),
         ("[0.1, 0.5]", "[0.1, 1.5]", "'known_ratios' has 1.5, expected a number from 0 to 1"),
         ("[0.1, 0.5]", "0.1", "'known_ratios' is 0.1, expected a list"),
         ("[0.1, 0.5]", "[0.1, 0.10]", "name '10% known' twice"),
@@ -76,7 +91,10 @@ def test_a_setting_has_a_place_when_its_name_is_a_number_and_the_axis_is_named(t
         ("seeds", "settings: {x: [data.mask_seed=1]}\nseeds", "setting 'x' sets 'data.mask_seed'"),
         ("seeds", "settings: {10% known: []}\nseeds", "name '10% known' twice"),
         ("seeds", "test_peak: often\nseeds", "'test_peak' is 'often', expected true or false"),
-        ("seeds", "axis: 3\nseeds", "'axis' is 3, expected text"),
+        ("seeds", "axes: 3\nseeds", "'axes' is 3, expected `name: {number: "),
+        ("seeds", "axes: {mu: [0.5]}\nseeds", "expected `name: {number: "),
+        ("seeds", "axes: {mu: {half: []}}\nseeds", "'axes' has 'half' on 'mu', expected a number"),
+        ("seeds", "axes: {mu: {0.5: fusion.momentum=0.5}}\nseeds", "'mu' has 'fusion.momentum=0.5' for '0.5'"),
     ],
 )
 def test_plan_is_refused_when_something_is_wrong(tmp_path: Path, old: str, new: str, said: str) -> None:
