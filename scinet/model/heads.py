@@ -17,6 +17,7 @@ from scinet.options import BiDominant, Head, ModelOptions
 Read = Callable[[Tensor], Tensor]
 _HIDDEN = 2048  # of ML-Decoder's feed-forward, as in the source
 _TEMPERATURE, _GAIN = 20.0, 5.0  # DualCoOp's, as in its code
+_BESIDE = 0.1  # how far its negative context starts from the words, in their standard deviations
 
 
 class LinearHead(nn.Module):
@@ -128,14 +129,18 @@ class DualPromptHead(nn.Module):
     With unit regions r and the texts t+, t- of a class: logit = 5 sum_r w_r 20 (cos(r, t+) - cos(r, t-)) + b, where w
     is the softmax over regions of 20 cos(r, t+). The source's two-way softmax of the pair is the sigmoid of that
     difference, without b (``model.learned_bias=false``).
-    The contexts are shared by all classes, one of its two variants. Ours: both contexts start at the words of
-    ``model.context`` and are as long, instead of 16 random vectors each, so that every logit starts at b.
+    The contexts are shared by all classes, one of its two variants. Ours: both have as many vectors as there are words
+    in ``model.context`` instead of 16, and start at these words instead of at random ones, the negative one a little
+    beside them, so that every logit starts near b.
     """
 
     def __init__(self, words: Tensor) -> None:
-        """Start both contexts at words [m, W]."""
+        """Start from words [m, W]."""
         super().__init__()
-        self.positive, self.negative = nn.Parameter(words.clone()), nn.Parameter(words.clone())
+        self.positive = nn.Parameter(words.clone())
+        # not quite at the words: a pair of equals would teach the regions the rounding of zeros, which ranks differ in
+        noise = torch.randn(words.shape).to(words.device)
+        self.negative = nn.Parameter(words + _BESIDE * words.std() * noise)
 
     def texts(self, read: Read) -> Tensor:
         """Return the text embeddings of positive and negative prompts, not normalised: [2, C, D] fp32."""
@@ -150,10 +155,11 @@ class DualPromptHead(nn.Module):
             read: from a context [m, W] to the text embeddings [C, D] of all classes.
         """
         assert regions is not None
-        unit = nn.functional.normalize
-        cosines = unit(regions.float(), dim=-1) @ unit(self.texts(read), dim=-1).flatten(0, 1).T
-        positive, negative = (_TEMPERATURE * cosines).chunk(2, dim=-1)
-        return _GAIN * (torch.softmax(positive, dim=1) * (positive - negative)).sum(1)
+        seen = nn.functional.normalize(regions.float(), dim=-1)
+        positive, negative = nn.functional.normalize(self.texts(read), dim=-1)
+        weights = torch.softmax(_TEMPERATURE * seen @ positive.T, dim=1)
+        # the difference of texts, not of products: prompts that are near each other leave few digits of the latter
+        return torch.sum(_GAIN * _TEMPERATURE * weights * (seen @ (positive - negative).T), dim=1)
 
 
 def build(options: ModelOptions, text: Tensor, words: Tensor) -> nn.Module | None:

@@ -28,7 +28,7 @@ HEADS = {
     "linear": ("model.head=linear",),
     "cam": ("model.head=cam", "model.boost_alpha=5", "data.cached_regions=2"),
     "ml_decoder": ("model.head=ml_decoder", "data.cached_regions=2", "model.decoder_groups=20"),
-    "dualcoop": ("model.head=dualcoop", "data.cached_regions=2", "optimizer.learning_rate=1e-3"),
+    "dualcoop": ("model.head=dualcoop", "data.cached_regions=2", "optimizer.head_learning_rate=1e-4"),
 }
 
 

@@ -246,11 +246,13 @@ def test_clone_and_loaded_state_classify_alike(make_backbone: MakeBackbone, head
     assert_close(other(_images()), want)
 
 
-def test_pair_of_prompts_starts_at_the_bias(make_backbone: MakeBackbone) -> None:
+def test_positive_prompt_starts_at_the_words_and_the_negative_one_beside_them(make_backbone: MakeBackbone) -> None:
     network = Network(make_backbone(), NAMES, ModelOptions(head=Head.dualcoop), top_k=2).eval()
-    assert_close(network(_images()).logits, torch.zeros(4, C))
-    fixed = network.class_text
-    assert_close(network.texts(), torch.stack([fixed, fixed]))
+    positive, negative = network.texts()
+    assert_close(positive, network.class_text)
+    apart = (negative - positive).norm(dim=1) / positive.norm(dim=1)
+    assert apart.min() > 1e-3
+    assert apart.max() < 0.2
 
 
 @pytest.mark.parametrize("head", OF_REGIONS)
