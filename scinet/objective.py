@@ -164,7 +164,9 @@ class Objective:
         look.answer(confidence.unified, pseudo.positive)
         loss = self._options.loss
         total = parts["supervised"] + loss.unlabelled_weight * (
-            parts["consistency_weak"] + parts["consistency_medium"] + loss.distillation_weight * parts["distillation"]
+            loss.medium_view_weight * parts["consistency_weak"]
+            + loss.strong_view_weight * parts["consistency_medium"]
+            + loss.distillation_weight * parts["distillation"]
         )
         return Step(total / size, {name: part.detach() / size for name, part in parts.items()}, confidence, pseudo)
 

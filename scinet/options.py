@@ -271,6 +271,8 @@ class LossOptions:
     """The objective (method.md section 5) and the pseudo-labels (section 4)."""
 
     unlabelled_weight: float = option(0.125, "lambda_u: weight of the consistency losses", low=0.0)
+    medium_view_weight: float = option(1.0, "within them, the medium view towards the weak one's hard labels", low=0.0)
+    strong_view_weight: float = option(1.0, "within them, the strong view towards the medium one's", low=0.0)
     distillation_weight: float = option(1.0, "kappa: weight of self-distillation within them", low=0.0)
     soft_target_weight: float = option(1.0, "w_u: weight of unknown cells' soft targets", low=0.0)
     assumed_negative_weight: float = option(
