@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 WORKER = Path(__file__).parent / "worker_zoo.py"
 # every method with a memory, every one that looks at the global batch, and one that does neither
@@ -41,7 +41,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory, scenes: Path, launch: Any) -
     for way, (size, accumulation) in WAYS.items():
         folders[way] = tmp_path_factory.mktemp("zoo")
         own = (f"data.path={scenes}", f"train.accumulation_steps={accumulation}", *OVERRIDES)
-        done = launch("torchrun", "--nproc-per-node", size, WORKER, folders[way], ",".join(METHODS + HEADS), *own)
+        names = ",".join(METHODS + HEADS)
+        done = launch("torchrun", "--nproc-per-node", size, WORKER, folders[way], names, *own, timeout_s=600)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
