@@ -24,6 +24,9 @@ SEMANTICS = 1
 """What the training code makes of equal options. Raise it by hand with every change after which the same options, data
 and weights may train to other predictions (a loss, an initialisation, an order): older cells then no longer count."""
 
+REVISIONS = {Method.scpnet: 1}
+"""How often that has changed for one method alone; raised instead of SEMANTICS, it leaves the others' cells valid."""
+
 # the mask file counts by its content, the data by their card
 _WITHOUT_EFFECT = {*FREE_ON_RESUME, "name", "data.path", "data.mask_file", "train.log_every_steps"} - {
     *("train.on_bad_numbers", "train.max_bad_steps")
@@ -99,7 +102,8 @@ def key_of(options: Options, facts: Facts) -> str | None:
         mask = facts.masks[options.data.mask_file] if options.data.mask_file else ""
     except KeyError:
         return None
-    described = json.dumps([SEMANTICS, effective(options), *known, mask], sort_keys=True)
+    revision = [REVISIONS[options.method]] if options.method in REVISIONS else []
+    described = json.dumps([SEMANTICS, effective(options), *known, mask, *revision], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
