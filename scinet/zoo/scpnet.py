@@ -19,8 +19,8 @@ from scinet.zoo_options import RobustOptions
 class StructuredConsistency(Recipe):
     """SCPNet (Ding et al., CVPR 2023), on two views.
 
-    The source takes pseudo-labels from a second weak view; here the weak view gives them itself. Its counts of
-    pseudo-labels are those of :class:`~scinet.fusion.thresholds.DynamicThresholds`.
+    The source takes pseudo-labels from a second weak view; here the weak view gives them itself. Its counts are of all
+    positive labels that the strong view gets, known ones too, as in the source's code; SCINet's of pseudo-positives.
     """
 
     needs_everyone = True
@@ -47,6 +47,7 @@ class StructuredConsistency(Recipe):
         probabilities = torch.sigmoid(everyone.logits)[everyone.places(batch)]
         labels, is_confident, _ = self._thresholds.pseudo_labels(probabilities, observed)
         rows = (is_confident & batch.valid).float().unsqueeze(1).expand_as(weak)
+        labels = labels.to(strong.dtype)  # torch's cross-entropy rounds to its targets' dtype
         weight = loss.unlabelled_weight
         related = (probabilities @ self._relation.T).clamp(0, 1)
         return {
@@ -56,8 +57,9 @@ class StructuredConsistency(Recipe):
         }
 
     def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
-        """Count the pseudo-positives."""
-        self._thresholds.update(self._thresholds.pseudo_labels(torch.sigmoid(everyone.logits), everyone.observed)[2])
+        """Count the positive labels."""
+        labels, _, _ = self._thresholds.pseudo_labels(torch.sigmoid(everyone.logits), everyone.observed)
+        self._thresholds.update(labels > 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the counts."""

@@ -25,6 +25,9 @@ SEMANTICS = 1
 and weights may train to other predictions (a loss, an initialisation, an order, a default): older cells then no longer
 count. Options at their defaults have no part in a key, so that a new one leaves finished cells as they are."""
 
+REVISIONS = {Method.scpnet: 1}
+"""How often that has changed for one method alone; raised instead of SEMANTICS, it leaves the others' cells valid."""
+
 # the mask file counts by its content, the data by their card
 _WITHOUT_EFFECT = {*FREE_ON_RESUME, "name", "data.path", "data.mask_file", "train.log_every_steps"} - {
     *("train.on_bad_numbers", "train.max_bad_steps")
@@ -102,7 +105,8 @@ def key_of(options: Options, facts: Facts) -> str | None:
         return None
     default = effective(Options())
     changed = {key: value for key, value in effective(options).items() if value != default[key]}
-    described = json.dumps([SEMANTICS, changed, *known, mask], sort_keys=True)
+    revision = [REVISIONS[options.method]] if options.method in REVISIONS else []
+    described = json.dumps([SEMANTICS, changed, *known, mask, *revision], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,12 @@ CPU = torch.device("cpu")
 METHODS = [method.value for method in Method if method not in (Method.scinet, Method.zero_shot)]
 
 
-def _build(method: str, *overrides: str, cosines: Callable[[Tensor], Tensor] | None = None) -> Recipe:
+def _build(
+    method: str,
+    *overrides: str,
+    cosines: Callable[[Tensor], Tensor] | None = None,
+    relation: Callable[[], Tensor] | None = None,
+) -> Recipe:
     head = ["model.head=dualcoop"] if method == "dualcoop" else []
     options = config.load(None, [f"method={method}", *head, *overrides])
     frame = Frame(
@@ -32,7 +38,7 @@ def _build(method: str, *overrides: str, cosines: Callable[[Tensor], Tensor] | N
         num_positives=1.5,
         num_epochs=4,
         device=CPU,
-        relation=lambda: torch.full((C, C), 1 / C),
+        relation=relation or (lambda: torch.full((C, C), 1 / C)),
         cosines=cosines or (lambda inputs: torch.zeros(len(inputs), C)),
     )
     return build(options, frame)
@@ -209,6 +215,49 @@ def test_prior_is_the_mean_prediction_of_the_first_epochs() -> None:
     (gradient,) = torch.autograd.grad(_total(recipe, wrong, _batch(observed[:1]), 2, everyone), wrong)
     assert gradient[0, 0] == 0
     assert (gradient[0, 1:] > 0).all()
+
+
+def test_known_positives_count_for_the_thresholds_of_scpnet() -> None:
+    recipe = _build("scpnet", "loss.hard_k=1", "loss.threshold_window=4")
+    observed = torch.tensor([[1, 0, 0, 0]], dtype=torch.int8).expand(4, C)
+    recipe.update(Everyone(torch.full((4, C), -9.0), observed, torch.arange(4)), 0, ends_epoch=False)
+    # class 0 has as many positives as there are samples: it asks for 0.95, the others for the least, 0.95 / (2 C - 1)
+    probabilities = torch.tensor(
+        [[0.94, 0.1, 0.1, 0.1], [0.96, 0.1, 0.1, 0.1], [0.1, 0.13, 0.1, 0.1], [0.1, 0.14, 0.1, 0.1]]
+    )
+    strong = torch.zeros(4, C, requires_grad=True)
+    batch = _batch(torch.zeros(4, C, dtype=torch.int8))
+    weak = torch.logit(probabilities)
+    parts = recipe.loss(torch.cat([weak, strong]), batch, 0, Everyone(weak, batch.observed, batch.index))
+    (gradient,) = torch.autograd.grad(parts["consistency"], strong)
+    labels = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]])
+    assert torch.equal(gradient[[1, 3]], 0.125 * (0.5 - labels))
+    assert not gradient[[0, 2]].any()
+
+
+def test_strong_view_follows_labels_and_related_probabilities_of_the_weak_one() -> None:
+    relation = torch.softmax(torch.arange(16.0, dtype=torch.float64).view(C, C).sin(), dim=1)
+    recipe = _build(
+        "scpnet", "loss.hard_k=2", "loss.distillation_weight=3", "loss.unlabelled_weight=0.5", relation=lambda: relation
+    )
+    logits, batch = _draw(5, views=2)
+    logits = logits.double()
+    weak, strong = logits.chunk(2)
+    parts = recipe.loss(logits, batch, 0, _everyone(logits, batch))
+    hard, soft = 0.0, 0.0
+    for row in range(6):
+        probabilities = torch.sigmoid(weak[row]).tolist()
+        likely = sorted(range(C), key=lambda c: -probabilities[c])[:2]
+        passed = [c for c in likely if probabilities[c] >= 0.95 / (2 * C - 1)]
+        for c in range(C) if passed else ():
+            known = int(batch.observed[row, c])
+            label = float(known > 0 or (known == 0 and c in passed))
+            related = sum(float(relation[c, other]) * probabilities[other] for other in range(C))
+            q = float(torch.sigmoid(strong[row, c]))
+            hard -= label * math.log(q) + (1 - label) * math.log(1 - q)
+            soft -= related * math.log(q) + (1 - related) * math.log(1 - q)
+    assert parts["consistency"].item() == pytest.approx(0.5 * hard, rel=1e-9)
+    assert parts["relation"].item() == pytest.approx(1.5 * soft, rel=1e-9)
 
 
 def test_ceiling_sees_the_labels_behind_the_mask() -> None:

@@ -11,6 +11,7 @@ from scinet import config
 from scinet.errors import ConfigError
 from scinet.evaluation.comparison import keys, plan
 from scinet.evaluation.comparison.keys import Facts
+from scinet.options import Method
 from tests.scinet.conftest import MakeShards
 from tests.scinet.evaluation.comparison.fakes import PLAN, make_plan
 
@@ -69,6 +70,13 @@ def test_key_stays_when_the_code_learns_an_option_whose_default_changes_nothing(
     before, plain = _key("method=bce"), keys.effective
     monkeypatch.setattr(keys, "effective", lambda options: plain(options) | {"loss.unheard": 1.0})
     assert _key("method=bce") == before
+
+
+def test_only_the_keys_of_a_method_are_others_when_it_alone_was_revised(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _key("method=bce"), _key("method=an"), _key("method=scpnet")
+    monkeypatch.setattr(keys, "REVISIONS", {Method.bce: 1, Method.scpnet: keys.REVISIONS[Method.scpnet] + 1})
+    after = _key("method=bce"), _key("method=an"), _key("method=scpnet")
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, False]
 
 
 def test_there_is_no_key_when_a_fact_is_missing() -> None:
