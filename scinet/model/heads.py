@@ -44,7 +44,7 @@ class ActivationHead(nn.Module):
 
     B multiplies positive values with alpha: BoostLU (Kim et al., CVPR 2023) for alpha = 5, nothing for 1. The source
     boosts where it trains with the large-loss methods; here alpha is part of the head, in training and evaluation alike
-    and whatever the loss, and the maps are of projected regions.
+    and whatever the loss, the maps are of projected regions, and b is not boosted with them, as its code does.
     """
 
     def __init__(self, width: int, num_classes: int, alpha: float) -> None:
@@ -72,8 +72,8 @@ class DecoderHead(nn.Module):
     One layer without self-attention: h = LN(q); h = LN(h + Attn(h, keys = values = ReLU(V r))); h = LN(h + FF(h));
     logit_c = w_c . h_g(c) + b. There are G = min(C, ``model.decoder_groups``) queries; group g answers for ceil(C / G)
     classes in a row. Ours: the queries are the text embeddings of their classes (their mean in a group) instead of
-    random ones, the width is the embedding's instead of 768, the heads ``model.attention_heads`` instead of 8, and
-    there is no dropout, whose draws would depend on the ranks.
+    random ones, the width is the embedding's instead of 768, the heads ``model.attention_heads`` instead of 8, LN(q)
+    stands for its code's LN(q + q), and there is no dropout, whose draws would depend on the ranks.
     """
 
     def __init__(self, text: Tensor, groups: int, heads: int) -> None:

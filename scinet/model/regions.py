@@ -44,7 +44,7 @@ def reader(visual: nn.Module) -> Callable[[nn.Module, Tensor], tuple[Tensor, Ten
 def _of_resnet(trunk: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return CLIP's pooled features, and each region as the attention pool would see it alone: its value, projected.
 
-    As in DualCoOp (Sun et al., NeurIPS 2022), without positions.
+    As in DualCoOp (Sun et al., NeurIPS 2022); its code adds positions, and the mean region as one more.
     """
     pool = cast(Any, trunk).attnpool
     with _kept(cast(Any, trunk).layer4) as grids:
