@@ -129,6 +129,8 @@ def weights(options: Options, tried: Rehearsal, world_size: int) -> list[Message
         return [gradients, Message("weights after the update", Kind.all_gather, width * filled)]
     # what is whole for forward stays so for backward, unless there is too much of it
     passes = 1 if sum(every) <= min(zero.max_live_parameters, zero.max_reuse_distance) else 2
+    # losses that look at all micro-batches take the student over them once more
+    looks = steps if steps > 1 and sees_everyone(options.method) else 0
     small = [count for count in every if count <= zero.param_persistence_threshold]
     large = [count for count in every if count > zero.param_persistence_threshold]
     buckets = -(-sum(tried.moved) // zero.reduce_bucket_size)
@@ -137,7 +139,9 @@ def weights(options: Options, tried: Rehearsal, world_size: int) -> list[Message
         return width * sum(_filled(count, world_size) for count in counts)
 
     messages = [
-        Message("weights, layer by layer", Kind.all_gather, whole(large), passes * steps, len(large), behind=1.0),
+        Message(
+            "weights, layer by layer", Kind.all_gather, whole(large), passes * steps + looks, len(large), behind=1.0
+        ),
         Message("gradients", Kind.reduce_scatter, whole(tried.moved), steps, buckets, behind=1.0),
         # small ones are kept whole from one update to the next
         Message("small weights after the update", Kind.all_gather, whole(small)),

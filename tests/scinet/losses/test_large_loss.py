@@ -31,11 +31,3 @@ def test_rejected_are_the_largest_losses_of_unknown_cells(seed: int, count: int)
     assert not rejected[observed != 0].any()
     strictly = is_rejected(logits, observed, smallest, strictly=True)
     assert int(strictly.sum()) == (count - 1 if count <= len(unknown) else len(unknown))
-
-
-def test_parts_of_a_batch_reject_what_the_whole_does() -> None:
-    logits, observed = torch.randn(8, 5), torch.randint(-1, 2, (8, 5))
-    smallest = smallest_rejected_loss(logits, observed, 6)
-    whole = is_rejected(logits, observed, smallest)
-    parts = [is_rejected(logits[rows], observed[rows], smallest) for rows in (slice(0, 3), slice(3, 8))]
-    assert torch.equal(torch.cat(parts), whole)
