@@ -139,7 +139,7 @@ def test_bench_plan_prints_bytes_and_times_for_every_number_of_ranks(scinet: Any
     result = scinet("bench", "plan", *words, "--batches", "3", "--gpus", "1,2")
     assert result.status == 0, result.err
     header, _, row, again, _, _ = _table(result.out)
-    assert header == ["G", "ranks", "micro-batches", "fusion", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
+    assert header == ["G", "ranks", "micro-batches", "losses", "ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"]
     # 3 samples do not divide over 2 ranks, nor into micro-batches of 2
     assert row == ["3", "1", "3", *["0 B"] * 5]
     assert again[:3] == ["G", "ranks", "computing"]
