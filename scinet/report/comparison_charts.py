@@ -16,6 +16,7 @@ _MARKERS = "os^D"
 _LINE_INCHES = 0.155  # of a label
 _LONGEST_LABEL = 30
 _MOST_BESIDE = 4
+_TICK_POINTS = 7.5  # six values of four digits stay apart in a panel
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def panel_chart(
             if has_zero:
                 axes.axhline(0, color=COLOURS[0], linewidth=1.4)
             _mark_unchanged(axes, None if panel.unchanged is None else values.index(panel.unchanged))
-            axes.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+            axes.set_xticks(range(len(values)), [f"{x:g}" for x in values], fontsize=_TICK_POINTS)
             axes.set_xlabel(chart_label(panel.axis, limit=_LONGEST_LABEL))
         for axes in all_axes[len(shown) :]:
             axes.set_visible(False)

@@ -21,7 +21,10 @@ from tests.scinet.evaluation.comparison.conftest import Compare
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 ROOT = Path(__file__).resolve().parents[4]
 COMMAND = (sys.executable, "-m", "scinet.cli", "compare", "--config")
-FILES = {"comparison.json", "comparison.csv", "comparison.md", "comparison.html", "facts.json", "cells", ".lock"}
+FILES = {
+    *("comparison.json", "comparison.csv", "comparison.md", "comparison.html", "comparison-differences.svg"),
+    *("facts.json", "cells", ".lock"),
+}
 
 
 def _cells(output: Path) -> dict[str, Any]:
