@@ -16,26 +16,31 @@ _MARKERS = "os^D"
 _LINE_INCHES = 0.155  # of a label
 _LONGEST_LABEL = 30
 _MOST_BESIDE = 4
+_TICK_POINTS = 7.5  # six values of four digits stay apart in a panel
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's means over an axis, NaN where there is none, with standard deviations; all [points] float64."""
+    """A method's means over an axis, NaN where there is none, and the limits of its band; all [points] float64."""
 
     method: str
     x: np.ndarray
     mean: np.ndarray
-    deviation: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
-def curve_chart(curves: Sequence[Curve], highlighted: Sequence[str], axis: str, *, is_share: bool) -> bytes | None:
-    """Draw a curve for each method, named at its end, with a band of one standard deviation where it is highlighted.
+def curve_chart(
+    curves: Sequence[Curve], highlighted: Sequence[str], axis: str, *, is_share: bool, unchanged: float | None = None
+) -> bytes | None:
+    """Draw a curve for each method, named at its end, with its band where it is highlighted.
 
     Args:
         curves: of the methods; those with fewer than two points are left out.
         highlighted: at most four methods, drawn in colour; the others stand back in grey.
         axis: its name.
         is_share: whether the axis is a share, shown in per cent.
+        unchanged: where on the axis the first method stands as it is, if anywhere.
     """
     shown = [curve for curve in curves if np.isfinite(curve.mean).sum() > 1]
     if not shown:
@@ -45,8 +50,10 @@ def curve_chart(curves: Sequence[Curve], highlighted: Sequence[str], axis: str, 
             look = _look(curve.method, highlighted)
             axes.plot(curve.x, curve.mean, **look, zorder=3 if curve.method in highlighted else 2)
             if curve.method in highlighted:
-                low, high = curve.mean - curve.deviation, curve.mean + curve.deviation
-                axes.fill_between(curve.x, low, high, color=look["color"], alpha=0.15, linewidth=0, zorder=1)
+                axes.fill_between(
+                    curve.x, curve.low, curve.high, color=look["color"], alpha=0.15, linewidth=0, zorder=1
+                )
+        _mark_unchanged(axes, unchanged)
         axes.set(xlabel=axis, ylabel="test mAP, %")
         places = sorted({float(x) for curve in shown for x in curve.x})
         axes.set_xticks(places, [f"{100 * x:g} %" if is_share else f"{x:g}" for x in places])
@@ -64,12 +71,16 @@ class Panel:
     unchanged: float | None
 
 
-def panel_chart(shown: Sequence[Panel], highlighted: Sequence[str]) -> bytes | None:
+def panel_chart(
+    shown: Sequence[Panel], highlighted: Sequence[str], label: str, *, has_zero: bool = False
+) -> bytes | None:
     """Draw a small panel for each axis, all with the same height of a point; values stand side by side, evenly.
 
     Args:
         shown: of the axes.
         highlighted: at most four methods, drawn in colour.
+        label: of the heights.
+        has_zero: whether a line marks the height 0.
     """
     num_columns = min(_MOST_BESIDE, len(shown))
     num_rows = -(-len(shown) // max(1, num_columns))
@@ -82,19 +93,24 @@ def panel_chart(shown: Sequence[Panel], highlighted: Sequence[str]) -> bytes | N
                 look = _look(curve.method, highlighted)
                 places = [values.index(float(x)) for x in curve.x]
                 axes.plot(places, curve.mean, **look, label=chart_label(curve.method, limit=_LONGEST_LABEL))
-                low, high = curve.mean - curve.deviation, curve.mean + curve.deviation
-                axes.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            if panel.unchanged is not None:
-                axes.axvline(values.index(panel.unchanged), color="#555555", linewidth=0.9, linestyle=":")
-            axes.set_xticks(range(len(values)), [f"{x:g}" for x in values])
+                axes.fill_between(places, curve.low, curve.high, color=look["color"], alpha=0.15, linewidth=0)
+            if has_zero:
+                axes.axhline(0, color=COLOURS[0], linewidth=1.4)
+            _mark_unchanged(axes, None if panel.unchanged is None else values.index(panel.unchanged))
+            axes.set_xticks(range(len(values)), [f"{x:g}" for x in values], fontsize=_TICK_POINTS)
             axes.set_xlabel(chart_label(panel.axis, limit=_LONGEST_LABEL))
         for axes in all_axes[len(shown) :]:
             axes.set_visible(False)
         for axes in all_axes[::num_columns]:
-            axes.set_ylabel("test mAP, %")
-        if len(shown[0].curves) > 1:
+            axes.set_ylabel(label)
+        if has_zero or len(shown[0].curves) > 1:
             figure.legend(*_legend(all_axes[0]), loc="outside lower center", ncols=_MOST_BESIDE, frameon=False)
         return to_svg(figure)
+
+
+def _mark_unchanged(axes: Any, place: float | None) -> None:
+    if place is not None:
+        axes.axvline(place, color="#555555", linewidth=0.9, linestyle=":")
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:

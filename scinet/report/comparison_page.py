@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scinet.report import comparison_charts as charts
+from scinet.report.charts import chart_label
 from scinet.report.comparison_charts import Curve, Panel
 from scinet.report.rendering import Chart, chart, render, write_page
 
@@ -29,6 +30,7 @@ def write(directory: Path, tree: dict[str, Any]) -> Path:
     ranked = [row for row in rows if row["column"] == tree["ranked_by"]]
     coloured = _coloured(tree, ranked)
     curves = _curves(tree, rows, coloured)
+    gains = _axis_differences(tree, rows, coloured)
     differences = _differences(tree, rows)
     difference = chart(
         charts.difference_chart(differences, tree["first"], coloured), "Differences", _difference_alt(ranked)
@@ -38,7 +40,8 @@ def write(directory: Path, tree: dict[str, Any]) -> Path:
         tree=tree,
         summary=_summary(tree, ranked),
         coloured=coloured,
-        curves=list(curves.values()),
+        curves=curves,
+        gains=gains,
         bars=_bars(tree, rows, coloured),
         difference=difference,
         difference_columns=list(differences),
@@ -50,7 +53,7 @@ def write(directory: Path, tree: dict[str, Any]) -> Path:
     )
     path = directory / "comparison.html"
     write_page(path, page)
-    for name, picture in (curves | {"differences": difference}).items():
+    for name, picture in (curves | {"axes-differences": gains, "differences": difference}).items():
         if picture is not None:
             picture.write(directory / f"comparison-{name}.svg")
     return path
@@ -89,18 +92,19 @@ def _summary(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[tup
 def _curves(tree: dict[str, Any], rows: Sequence[dict[str, Any]], coloured: Sequence[str]) -> dict[str, Chart]:
     """Return by name a chart over the share of known labels, and one over the plan's own axes."""
     ratios = [column for column in tree["columns"] if column["known_ratio"] is not None]
-    named = {column["axis"]: [c for c in tree["columns"] if c["axis"] == column["axis"]] for column in tree["columns"]}
-    axes = {axis: columns for axis, columns in named.items() if axis}
     panels = [
-        Panel(axis, _drawn(tree, rows, columns), next((c["place"] for c in columns if c["is_unchanged"]), None))
-        for axis, columns in axes.items()
+        Panel(axis, _drawn(tree["methods"], rows, columns, _mean), _unchanged(columns))
+        for axis, columns in _axes(tree).items()
     ]
-    known = charts.curve_chart(_drawn(tree, rows, ratios), coloured, "share of labels known", is_share=True)
+    known = charts.curve_chart(
+        _drawn(tree["methods"], rows, ratios, _mean), coloured, "share of labels known", is_share=True
+    )
     if len(panels) == 1:
-        svg = charts.curve_chart(panels[0].curves, coloured, panels[0].axis, is_share=False)
+        only = panels[0]
+        svg = charts.curve_chart(only.curves, coloured, only.axis, is_share=False, unchanged=only.unchanged)
     else:
-        svg = charts.panel_chart(panels, coloured)
-    over = ", ".join(axes)
+        svg = charts.panel_chart(panels, coloured, "test mAP, %")
+    over = ", ".join(panel.axis for panel in panels)
     drawn = {
         "known-ratio": chart(known, "Test mAP over the share of labels known", _alt("share of labels known")),
         "axes": chart(svg, f"Test mAP over {over}", _alt(over)),
@@ -112,17 +116,63 @@ def _alt(axis: str) -> str:
     return f"Test mAP of each method over {axis}; the table has the values"
 
 
-def _drawn(tree: dict[str, Any], rows: Sequence[dict[str, Any]], columns: Sequence[dict[str, Any]]) -> list[Curve]:
+def _axis_differences(tree: dict[str, Any], rows: Sequence[dict[str, Any]], coloured: Sequence[str]) -> Chart | None:
+    """Return a chart of how far each method is from the first over the plan's own axes; None without another method."""
+    others = [method for method in tree["methods"] if method != tree["first"]]
+    if not others:
+        return None
+    panels = [
+        Panel(axis, _drawn(others, rows, columns, _paired), _unchanged(columns))
+        for axis, columns in _axes(tree).items()
+    ]
+    svg = charts.panel_chart(panels, coloured, f"minus {chart_label(tree['first'])}, points", has_zero=True)
+    over = ", ".join(panel.axis for panel in panels)
+    alt = f"Test mAP of each method minus that of {tree['first']} over {over}; the table has the values"
+    return chart(svg, f"Differences from {tree['first']} over {over}", alt)
+
+
+def _axes(tree: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return by name the plan's own axes, each with its columns."""
+    axes: dict[str, list[dict[str, Any]]] = {}
+    for column in tree["columns"]:
+        if column["axis"]:
+            axes.setdefault(column["axis"], []).append(column)
+    return axes
+
+
+def _unchanged(columns: Sequence[dict[str, Any]]) -> float | None:
+    return next((column["place"] for column in columns if column["is_unchanged"]), None)
+
+
+_Limits = tuple[float, float, float]
+
+
+def _mean(row: dict[str, Any]) -> _Limits:
+    """Return a row's mean, and one standard deviation below and above it."""
+    mean, deviation = math.nan if row["mean"] is None else row["mean"], row["std"] or 0.0
+    return mean, mean - deviation, mean + deviation
+
+
+def _paired(row: dict[str, Any]) -> _Limits:
+    """Return a row's difference from the first method, with its interval."""
+    found = row["difference"]
+    return (found["mean"], found["low"], found["high"]) if found else (math.nan,) * 3
+
+
+def _drawn(
+    methods: Iterable[str],
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[dict[str, Any]],
+    show: Callable[[dict[str, Any]], _Limits],
+) -> list[Curve]:
     """Return a curve of each method over columns that stand on one axis."""
     columns = sorted(columns, key=lambda column: float(column["place"]))
     cells = {(row["method"], row["column"]): row for row in rows}
     x = np.array([column["place"] for column in columns], dtype=np.float64)
     curves = []
-    for method in tree["methods"]:
-        own = [cells[method, column["name"]] for column in columns]
-        mean = np.array([math.nan if row["mean"] is None else row["mean"] for row in own], dtype=np.float64)
-        deviation = np.array([row["std"] or 0.0 for row in own], dtype=np.float64)
-        curves.append(Curve(method, x, mean, deviation))
+    for method in methods:
+        shown = [show(cells[method, column["name"]]) for column in columns]
+        curves.append(Curve(method, x, *np.array(shown, dtype=np.float64).reshape(-1, 3).T))
     return curves
 
 

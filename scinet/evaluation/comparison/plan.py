@@ -268,13 +268,19 @@ def _settings(tree: dict[str, Any]) -> Iterator[Column]:
 
 def _axes(tree: dict[str, Any]) -> Iterator[Column]:
     axes = tree.get("axes") or {}
-    if not isinstance(axes, dict) or not all(isinstance(values, dict) for values in axes.values()):
+    if not isinstance(axes, dict):
         raise ConfigError(f"'axes' is {axes!r}, expected `name: {{number: [key=value, ...], ...}}` lines")
     for axis, values in axes.items():
-        for name, overrides in _lists({str(axis): values}, str(axis)).items():
+        if not isinstance(values, dict) or not values:
+            raise ConfigError(f"'axes' has {values!r} for '{axis}', expected `number: [key=value, ...]` lines")
+        places: set[float] = set()
+        for name, overrides in _lists({f"axes.{axis}": values}, f"axes.{axis}").items():
             place = _number(name)
             if place is None:
                 raise ConfigError(f"'axes' has '{name}' on '{axis}', expected a number")
+            if place in places:
+                raise ConfigError(f"'axes' has {place:g} twice on '{axis}', expected each number once")
+            places.add(place)
             yield Column(f"{axis} {name}", overrides, None, place, str(axis))
 
 

@@ -6,6 +6,7 @@ Legend: S resamples of the test images, equal for all cells of a test set.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,12 +81,18 @@ def summarise(plan: Plan, entries: Sequence[Entry], test_sets: dict[str, TestSet
         "tables": {moment: {"title": TITLES[moment], "rows": own} for moment, own in rows.items()},
         "beside": _beside(plan, done),
         "classes": _classes(plan, done, rows["selected"], test_sets),
-        "test_sets": sorted({f"{found.data_set}: {len(found.truth)} images" for found in test_sets.values()}),
+        "test_sets": _told(test_sets.values()),
         "worlds": sorted({_world(entry.record) for entry in done if entry.record}),
         "num_cells": len(entries),
         "num_done": len(done),
         "cells": [_row(entry) for entry in entries],
     }
+
+
+def _told(test_sets: Iterable[TestSet]) -> list[str]:
+    """Return the test sets in words; those of one name and size, which differ in their labels, are counted."""
+    counted = Counter(f"{found.data_set}: {len(found.truth)} images" for found in test_sets)
+    return [text if number == 1 else f"{text} ({number} such sets)" for text, number in sorted(counted.items())]
 
 
 def _table(plan: Plan, entries: Sequence[Entry], moment: str) -> list[dict[str, Any]]:

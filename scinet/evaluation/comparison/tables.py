@@ -13,6 +13,7 @@ LEGEND = (
     "Mean and standard deviation over seeds, in per cent. **Bold**: the best of a column; †: within its interval, that "
     "is, the paired bootstrap over test images (95 %) does not tell it from the best."
 )
+_OWN = " (own): the value that the first method has itself."
 _NONE = "\N{EN DASH}"
 _COLUMNS = (
     *("method", "column", "known_ratio", "seed", "state", "selected", "last", "test_peak", "student", "holdout"),
@@ -31,18 +32,38 @@ def _parts(tree: dict[str, Any]) -> Iterator[str]:
     others = [method for method in tree["methods"] if method != tree["first"]]
     for moment, table in tree["tables"].items():
         yield f"## {table['title']}\n"
-        yield _grid(table["rows"], list(tree["methods"]), lambda row: _mean(row, len(tree["seeds"])))
+        yield from _grids(tree, table["rows"], list(tree["methods"]), lambda row: _mean(row, len(tree["seeds"])))
         if moment == "test_peak":
             continue
-        yield LEGEND + "\n"
+        has_axes = any(column["axis"] for column in tree["columns"])
+        yield LEGEND + _OWN * has_axes + "\n"
         if others:
             yield f"### {table['title']}: difference from {_safe(tree['first'])}, 95 % interval over test images\n"
-            yield _grid(table["rows"], others, _difference)
+            yield from _grids(tree, table["rows"], others, _difference)
 
 
-def _grid(rows: Sequence[dict[str, Any]], methods: Sequence[str], show: Callable[[dict[str, Any]], str]) -> str:
-    columns = list(dict.fromkeys(row["column"] for row in rows))
-    lines = [["method", *map(_safe, columns)]]
+def _grids(
+    tree: dict[str, Any], rows: Sequence[dict[str, Any]], methods: Sequence[str], show: Callable[[dict[str, Any]], str]
+) -> Iterator[str]:
+    """Yield a table of the columns that stand on no axis, and one of each axis, its values side by side."""
+    placed = {column["name"]: column for column in tree["columns"] if column["axis"]}
+    plain = {name: name for name in (row["column"] for row in rows) if name not in placed}
+    tables = {"method": plain} if plain else {}
+    for name, column in placed.items():
+        value = f"{column['place']:g}" + " (own)" * column["is_unchanged"]
+        tables.setdefault(f"method, by {column['axis']}", {})[name] = value
+    for corner, columns in tables.items():
+        yield _grid(corner, columns, rows, methods, show)
+
+
+def _grid(
+    corner: str,
+    columns: dict[str, str],
+    rows: Sequence[dict[str, Any]],
+    methods: Sequence[str],
+    show: Callable[[dict[str, Any]], str],
+) -> str:
+    lines = [[_safe(corner), *map(_safe, columns.values())]]
     for method in methods:
         own = {row["column"]: row for row in rows if row["method"] == method}
         lines.append([_safe(method), *(show(own[column]) for column in columns)])

@@ -92,7 +92,7 @@ def test_every_method_is_named_at_its_curve_when_there_are_many(tmp_path: Path) 
     methods = [f"method {number}" for number in range(22)]
     more = "known_ratios: [0.1, 0.5, 0.9]\naxes: {noise: {0: [], 0.2: [data.shuffle_window=1]}}\nseeds: [0]"
     page = _page(tmp_path, methods, more, lambda cell: 0.3 + 0.001 * int(cell.method.split()[1]))
-    ratios, noise, differences = page.images("image/svg+xml")
+    ratios, noise, _, differences = page.images("image/svg+xml")
     for drawing in (ratios, noise):
         assert all(any(label.startswith(f"{name} ") for label in _labels(drawing)) for name in methods)
     assert {"10 %", "50 %", "90 %", "share of labels known"} <= _labels(ratios)
@@ -104,13 +104,50 @@ def test_every_method_is_named_at_its_curve_when_there_are_many(tmp_path: Path) 
 def test_axes_are_panels_of_one_picture_when_there_are_several(tmp_path: Path) -> None:
     axes = "axes: {mu: {0: [fusion.momentum=0], 0.8: [fusion.momentum=0.8]}, '<K>': {1: [loss.hard_k=1], 5: []}}"
     page = _page(tmp_path, ["a", "b"], f"{axes}\nseeds: [0, 1]")
-    panels, differences = page.images("image/svg+xml")
+    panels, gains, differences = page.images("image/svg+xml")
     assert {"mu", "<K>", "0", "0.8", "1", "5", "a", "b", "test mAP, %"} <= _labels(panels)
     assert {"mu 0", "mu 0.8", "<K> 1", "<K> 5"} <= _labels(differences)
     assert "A dotted line: its own value" in _headings(page)
-    for name, drawing in (("axes", panels), ("differences", differences)):
+    assert {"mu", "<K>", "0", "0.8", "1", "5", "b", "minus a, points"} <= _labels(gains)
+    assert "a" not in _labels(gains)
+    for name, drawing in (("axes", panels), ("axes-differences", gains), ("differences", differences)):
         written = (tmp_path / f"comparison-{name}.svg").read_bytes()
         assert written.replace(b' style="background:#ffffff"', b"", 1) == drawing != written
+
+
+@pytest.mark.parametrize(("own", "is_marked"), [("0.5", False), ("0.8", True)])
+def test_own_value_is_marked_when_it_stands_on_the_only_axis(tmp_path: Path, own: str, is_marked: bool) -> None:
+    axes = f"axes: {{mu: {{0: [fusion.momentum=0], {own}: [fusion.momentum={own}]}}}}"
+    page = _page(tmp_path, ["a"], f"{axes}\nseeds: [0, 1]")
+    (drawing,) = page.images("image/svg+xml")
+    assert (b"stroke: #555555" in drawing) == is_marked
+    assert ("A dotted line: its own value" in _headings(page)) == is_marked
+
+
+def test_differences_over_axes_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+
+    def keep(shown: Any, highlighted: Any, label: str, **more: Any) -> None:
+        drawn[label] = shown
+
+    monkeypatch.setattr(comparison_page.charts, "panel_chart", keep)
+    axes = "axes: {x: {1: [loss.hard_k=1], 0: [loss.hard_k=2]}, y: {0: [], 1: [loss.hard_k=3]}}\nseeds: [0, 1]"
+
+    def quality(cell: Cell) -> float | None:
+        return None if (cell.method, cell.column.name) == ("b", "y 1") else 0.4 - 0.2 * (cell.method == "b")
+
+    tree = _tree(tmp_path, ["a", "b"], axes, quality)
+    comparison_page.write(tmp_path, tree)
+    found = {(r["method"], r["column"]): r["difference"] for r in tree["tables"]["selected"]["rows"]}
+    over_x, over_y = drawn["minus a, points"]
+    (curve,) = over_x.curves
+    assert (curve.method, list(curve.x)) == ("b", [0, 1])
+    for place, name in enumerate(("x 0", "x 1")):
+        told = found["b", name]
+        assert (curve.mean[place], curve.low[place], curve.high[place]) == (told["mean"], told["low"], told["high"])
+    assert curve.high.max() < 0
+    (curve,) = over_y.curves
+    assert list(curve.mean == curve.mean) == [True, False]  # a column that failed has a gap
 
 
 def test_settings_are_bars_and_so_is_a_single_ratio(tmp_path: Path) -> None:

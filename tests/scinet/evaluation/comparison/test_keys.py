@@ -56,6 +56,18 @@ def test_key_is_another_exactly_when_the_result_can_differ(method: str, before: 
     assert (_key(f"method={method}", before) == _key(f"method={method}", after)) == is_same
 
 
+def test_own_values_on_all_axes_come_to_one_cell_a_seed(tmp_path: Path) -> None:
+    axes = (
+        "axes: {mu: {0: [fusion.momentum=0], 0.8: [fusion.momentum=0.8]}, K: {5: [loss.hard_k=5], 8: [loss.hard_k=8]}}"
+    )
+    wanted = make_plan(tmp_path, PLAN.replace("known_ratios: [0.1, 0.5]", axes).replace("  bce: [method=bce]\n", ""))
+    found = {(cell.column.name, cell.seed): keys.key_of(cell.options, FACTS) for cell in plan.expand(wanted)}
+    for seed in (0, 1):
+        assert found["mu 0.8", seed] == found["K 5", seed]
+    assert None not in found.values()
+    assert len(set(found.values())) == 6
+
+
 def test_key_is_another_when_the_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = Facts(FACTS.cards, {"embedded embedded": "x"}, FACTS.masks)
     assert _key() != _key(facts=changed)

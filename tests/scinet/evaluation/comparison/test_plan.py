@@ -92,9 +92,11 @@ def test_value_of_an_axis_that_the_first_method_has_itself_is_known(tmp_path: Pa
         ("seeds", "settings: {10% known: []}\nseeds", "name '10% known' twice"),
         ("seeds", "test_peak: often\nseeds", "'test_peak' is 'often', expected true or false"),
         ("seeds", "axes: 3\nseeds", "'axes' is 3, expected `name: {number: "),
-        ("seeds", "axes: {mu: [0.5]}\nseeds", "expected `name: {number: "),
+        ("seeds", "axes: {mu: [0.5]}\nseeds", "'axes' has [0.5] for 'mu', expected `number: [key=value, ...]` lines"),
+        ("seeds", "axes: {mu: {}}\nseeds", "'axes' has {} for 'mu', expected `number: "),
+        ("seeds", "axes: {mu: {0.5: [], '0.50': []}}\nseeds", "'axes' has 0.5 twice on 'mu'"),
         ("seeds", "axes: {mu: {half: []}}\nseeds", "'axes' has 'half' on 'mu', expected a number"),
-        ("seeds", "axes: {mu: {0.5: fusion.momentum=0.5}}\nseeds", "'mu' has 'fusion.momentum=0.5' for '0.5'"),
+        ("seeds", "axes: {mu: {0.5: fusion.momentum=0.5}}\nseeds", "'axes.mu' has 'fusion.momentum=0.5' for '0.5'"),
     ],
 )
 def test_plan_is_refused_when_something_is_wrong(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -157,4 +159,6 @@ SHIPPED = [path for folder in ("compare", "published") for path in sorted((CONFI
 def test_shipped_plan_spans_a_grid_of_data_that_it_tells_how_to_build(path: Path) -> None:
     cells = plan.expand(plan.read(path))
     assert cells
-    assert all(cell.options.data.prepare.startswith("scinet data build ") for cell in cells)
+    for data in (cell.options.data for cell in cells):
+        assert data.prepare.startswith("scinet data build ")
+        assert f"--out {data.path}" in data.prepare

@@ -146,6 +146,20 @@ def test_nothing_is_paired_when_methods_were_tested_on_other_images(tmp_path: Pa
     assert tree["classes"] is None
 
 
+def test_columns_with_test_sets_of_their_own_are_paired_within_themselves(tmp_path: Path) -> None:
+    wanted = make_plan(tmp_path)
+    other = make_test_set(seed=9)
+    mine, theirs = (make_entries(wanted, _quality, found) for found in (TRUTH, other))
+    entries = [a if a.cell.column.known_ratio == 0.1 else b for a, b in zip(mine, theirs, strict=True)]
+    tree = scoring.summarise(wanted, entries, {TRUTH.name: TRUTH, other.name: other})
+    for column, own in (("10% known", TRUTH), ("50% known", other)):
+        alone = scoring.summarise(wanted, make_entries(wanted, _quality, own), {own.name: own})
+        assert _row(tree, "bce", column) == _row(alone, "bce", column)
+        assert _row(tree, "bce", column)["difference"]["num_seeds"] == 2
+    assert tree["test_sets"] == ["fakes: 60 images (2 such sets)"]
+    assert tree["classes"] is None
+
+
 def test_test_peak_is_a_table_of_its_own_without_intervals_when_it_is_asked_for(tmp_path: Path) -> None:
     wanted = make_plan(tmp_path, PLAN + "test_peak: true\n")
     tree = _summary(wanted, make_entries(wanted, _quality, TRUTH, peak=66.0))

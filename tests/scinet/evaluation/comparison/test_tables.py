@@ -34,6 +34,24 @@ def test_markdown_shows_means_marks_and_missing_seeds(tree: dict[str, Any]) -> N
     assert "±" not in table[4]  # one seed has no deviation
 
 
+def test_each_axis_is_a_table_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "RESAMPLES", 20)
+    axes = "axes: {mu: {0.5: [fusion.momentum=0.5], 0.8: [fusion.momentum=0.8]}, 'K | k': {1: [loss.hard_k=1]}}\n"
+    wanted = make_plan(tmp_path, PLAN + axes)
+    made = scoring.summarise(wanted, make_entries(wanted, lambda _: 0.3, TRUTH), {TRUTH.name: TRUTH})
+    text = tables.markdown(made)
+    heads = [line for line in text.splitlines() if line.startswith("| method")]
+    assert [[part.strip() for part in head.strip("| ").split(" | ")] for head in heads[:3]] == [
+        ["method", "10% known", "50% known", scoring.MEAN],
+        ["method, by mu", "0.5", "0.8 (own)"],
+        ["method, by K \\| k", "1"],
+    ]
+    assert len(heads) == 12  # selected and last, each with its differences
+    only = make_plan(tmp_path, PLAN.replace("known_ratios: [0.1, 0.5]\n", axes))
+    made = scoring.summarise(only, make_entries(only, lambda _: 0.3, TRUTH), {TRUTH.name: TRUTH})
+    assert "| method |" not in tables.markdown(made)
+
+
 def test_differences_have_their_interval_and_leave_the_first_out(tree: dict[str, Any]) -> None:
     parts = tables.markdown(tree).split("difference from scinet")
     assert len(parts) == 3  # selected, last
