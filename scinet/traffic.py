@@ -127,10 +127,11 @@ def weights(options: Options, tried: Rehearsal, world_size: int) -> list[Message
         gradients = Message("gradients", Kind.all_reduce, width * sum(tried.moved), times=steps if stage == 2 else 1)
         filled = sum(_filled(count, _ALIGNMENT * world_size) for count in tried.groups)
         return [gradients, Message("weights after the update", Kind.all_gather, width * filled)]
-    # what is whole for forward stays so for backward, unless there is too much of it
-    passes = 1 if sum(every) <= min(zero.max_live_parameters, zero.max_reuse_distance) else 2
-    # losses that look at all micro-batches take the student over them once more
+    # losses that look at all micro-batches take the student over them once more, in which DeepSpeed loses track
     looks = steps if steps > 1 and sees_everyone(options.method) else 0
+    # what is whole for forward stays so for backward, unless there is too much of it
+    is_little = sum(every) <= min(zero.max_live_parameters, zero.max_reuse_distance)
+    passes = 1 if is_little and not looks else 2
     small = [count for count in every if count <= zero.param_persistence_threshold]
     large = [count for count in every if count > zero.param_persistence_threshold]
     buckets = -(-sum(tried.moved) // zero.reduce_bucket_size)
@@ -146,7 +147,8 @@ def weights(options: Options, tried: Rehearsal, world_size: int) -> list[Message
         # small ones are kept whole from one update to the next
         Message("small weights after the update", Kind.all_gather, whole(small)),
     ]
-    if tried.teacher:  # partitioned by DeepSpeed too, in fp32 and without such a threshold
+    # partitioned by DeepSpeed too, in fp32 and without such a threshold; no method of the zoo asks it in a step
+    if tried.teacher and options.method is Method.scinet:
         size = whole(every) // width * _FP32
         messages.append(Message("teacher, layer by layer", Kind.all_gather, size, steps, len(tried.layers), behind=1.0))
     return messages
