@@ -39,7 +39,25 @@ class LinearHead(nn.Module):
         return nn.functional.linear(image.float(), self.weight.float())
 
 
-class ActivationHead(nn.Module):
+class _RegionHead(nn.Module):
+    """A head that looks at nothing but the regions of an image, [N, R, D], not normalised."""
+
+    def forward(self, image: Tensor, regions: Tensor | None, read: Read) -> Tensor:
+        """Return the logits [N, C] fp32.
+
+        Args:
+            image: not looked at.
+            regions: [N, R, D], not normalised.
+            read: from a context [m, W] to the text embeddings [C, D] of all classes.
+        """
+        assert regions is not None, "the network refuses towers without regions"
+        return self._of_regions(regions, read)
+
+    def _of_regions(self, regions: Tensor, read: Read) -> Tensor:
+        raise NotImplementedError
+
+
+class ActivationHead(_RegionHead):
     """Class activation maps M = W r of every region, averaged: logit_c = mean_r B(M_rc) + b.
 
     B multiplies positive values with alpha: BoostLU (Kim et al., CVPR 2023) for alpha = 5, nothing for 1. The source
@@ -53,20 +71,12 @@ class ActivationHead(nn.Module):
         self.weight = nn.Parameter(_drawn(num_classes, width, fan_in=width))
         self._alpha = alpha
 
-    def forward(self, image: Tensor, regions: Tensor | None, read: Read) -> Tensor:
-        """Return the logits [N, C] fp32.
-
-        Args:
-            image: not looked at.
-            regions: [N, R, D].
-            read: not used.
-        """
-        assert regions is not None
+    def _of_regions(self, regions: Tensor, read: Read) -> Tensor:
         maps = nn.functional.linear(regions.float(), self.weight.float())
         return torch.where(maps > 0, self._alpha * maps, maps).mean(1)
 
 
-class DecoderHead(nn.Module):
+class DecoderHead(_RegionHead):
     """ML-Decoder (Ridnik et al., WACV 2023): fixed queries attend to the regions, and each answers for its classes.
 
     One layer without self-attention: h = LN(q); h = LN(h + Attn(h, keys = values = ReLU(V r))); h = LN(h + FF(h));
@@ -96,15 +106,7 @@ class DecoderHead(nn.Module):
         self.inner, self.outer = nn.Linear(width, _HIDDEN), nn.Linear(_HIDDEN, width)
         self.groups = nn.Parameter(_drawn(len(self.get_buffer("queries")), width, size, fan_in=width))
 
-    def forward(self, image: Tensor, regions: Tensor | None, read: Read) -> Tensor:
-        """Return the logits [N, C] fp32.
-
-        Args:
-            image: not looked at.
-            regions: [N, R, D].
-            read: not used.
-        """
-        assert regions is not None
+    def _of_regions(self, regions: Tensor, read: Read) -> Tensor:
         dtype = self.embed.weight.dtype
         keys = torch.relu(self.embed(regions.to(dtype)))
         asked = self.norm_query(self.get_buffer("queries").to(dtype).unsqueeze(0))
@@ -123,7 +125,7 @@ class DecoderHead(nn.Module):
         return x.view(*x.shape[:2], self._heads, -1).transpose(1, 2)
 
 
-class DualPromptHead(nn.Module):
+class DualPromptHead(_RegionHead):
     """DualCoOp (Sun et al., NeurIPS 2022): a positive and a negative learned prompt for every class, met by regions.
 
     With unit regions r and the texts t+, t- of a class: logit = 5 sum_r w_r 20 (cos(r, t+) - cos(r, t-)) + b, where w
@@ -146,15 +148,7 @@ class DualPromptHead(nn.Module):
         """Return the text embeddings of positive and negative prompts, not normalised: [2, C, D] fp32."""
         return torch.stack([read(self.positive), read(self.negative)]).float()
 
-    def forward(self, image: Tensor, regions: Tensor | None, read: Read) -> Tensor:
-        """Return the logits [N, C] fp32.
-
-        Args:
-            image: not looked at.
-            regions: [N, R, D], not normalised.
-            read: from a context [m, W] to the text embeddings [C, D] of all classes.
-        """
-        assert regions is not None
+    def _of_regions(self, regions: Tensor, read: Read) -> Tensor:
         seen = nn.functional.normalize(regions.float(), dim=-1)
         positive, negative = nn.functional.normalize(self.texts(read), dim=-1)
         weights = torch.softmax(_TEMPERATURE * seen @ positive.T, dim=1)

@@ -61,9 +61,14 @@ def write(directory: Path, tree: dict[str, Any]) -> Path:
 
 def _differences(tree: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[dict[str, Any]]]:
     """Return the rows of the columns whose differences are drawn: all, where they are few, or that of the ranking."""
-    names = list(dict.fromkeys([tree["ranked_by"], *(row["column"] for row in rows)]))
+    names = _columns(tree, rows)
     names = names if len(names) <= _MOST_DIFFERENCES else names[:1]
     return {name: [row for row in rows if row["column"] == name] for name in names}
+
+
+def _columns(tree: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of a table's columns, that of the ranking first."""
+    return list(dict.fromkeys([tree["ranked_by"], *(row["column"] for row in rows)]))
 
 
 def _coloured(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[str]:
@@ -196,7 +201,7 @@ def _difference_alt(ranked: Sequence[dict[str, Any]]) -> str:
 
 def _view(tree: dict[str, Any], moment: str, table: dict[str, Any]) -> dict[str, Any]:
     """Return a table as the template shows it: its rows ranked, each with its place in the order of every column."""
-    columns = list(dict.fromkeys([tree["ranked_by"], *(row["column"] for row in table["rows"])]))
+    columns = _columns(tree, table["rows"])
     methods = list(tree["methods"])
     cells = {(row["method"], row["column"]): row for row in table["rows"]}
 

@@ -24,10 +24,17 @@ from scinet.zoo.selective import Selective
 
 # bytes of every sample's cell that a method keeps on every rank
 _CELL_BYTES = {Method.role: LabelEstimates.CELL_BYTES, Method.em_apl: SoftNegatives.CELL_BYTES, Method.ll_cp: 1}
-# whose recipes need everyone
-_SEES_EVERYONE = {
-    *(Method.epr, Method.role, Method.em_apl, Method.ll_r, Method.ll_ct, Method.ll_cp),
-    *(Method.p_asl, Method.scpnet),
+METHODS = tuple(method for method in Method if method not in (Method.scinet, Method.zero_shot))
+"""Those with a recipe."""
+# the others are functions of a cell
+_RECIPES: dict[Method, type[Recipe]] = {
+    Method.epr: ExpectedPositives,
+    Method.role: LabelEstimates,
+    **dict.fromkeys((Method.ll_r, Method.ll_ct, Method.ll_cp), LargeLoss),
+    Method.em_apl: SoftNegatives,
+    Method.vlpl: TowersPositives,
+    Method.p_asl: Selective,
+    Method.scpnet: StructuredConsistency,
 }
 _Cells = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -57,7 +64,7 @@ def table_bytes(options: Options, num_samples: int, num_classes: int) -> int:
 
 def sees_everyone(method: Method) -> bool:
     """Return whether a step of a method gathers what the student says of the whole global batch."""
-    return method in _SEES_EVERYONE
+    return _RECIPES.get(method, CellRecipe).needs_everyone
 
 
 def build(options: Options, frame: Frame) -> Recipe:

@@ -8,7 +8,7 @@ import pytest
 
 from scinet import zoobench
 from scinet.options import Method, Options
-from scinet.zoo.catalogue import table_bytes
+from scinet.zoo.catalogue import METHODS, table_bytes
 
 C = 9605
 SETTING = zoobench.Setting(num_samples=64, num_classes=C, batch_size=16, num_steps=4)
@@ -17,7 +17,7 @@ MOST_TENSORS = 30  # as scinet/zoo/README.md says
 A_CLASS = 64  # bytes, of counts and means
 
 
-@pytest.mark.parametrize("method", zoobench.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_method_stays_within_what_is_stated_at_thousands_of_classes(method: Method) -> None:
     found = zoobench.measure(method, SETTING)
     options = dataclasses.replace(Options(), method=method)

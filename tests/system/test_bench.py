@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from scinet.zoobench import METHODS
+from scinet.zoo.catalogue import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--sizes", 256, "--width", 8, "--columns", 4, "--repeats", 1, "--threads", 1, "--device", "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -118,7 +119,13 @@ def effective(options: Options) -> dict[str, Any]:
         )
     elif options.method is not Method.scinet:
         options = dataclasses.replace(options, fusion=FusionOptions())
-    return {key: _value(options, key) for key, _, _ in config.fields() if key not in _WITHOUT_EFFECT}
+    return {key: _value(options, key) for key in _keys()}
+
+
+@functools.cache
+def _keys() -> tuple[str, ...]:
+    """Return the dotted keys that can change a result; asked for twice a cell, found once."""
+    return tuple(key for key, _, _ in config.fields() if key not in _WITHOUT_EFFECT)
 
 
 def unmasked(data: DataOptions) -> DataOptions:

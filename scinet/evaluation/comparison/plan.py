@@ -83,7 +83,7 @@ def read(path: Path) -> Plan:
         plan = Plan(
             output=Path(_text(tree, "output")),
             base=path.parent / _text(tree, "base"),
-            methods=_lists(tree, "methods"),
+            methods=_lists(tree["methods"], "methods"),
             columns=(*_ratios(tree), *_settings(tree), *_axes(tree)),
             seeds=tuple(_seed(seed) for seed in _listed(tree, "seeds")),
             test_peak=_flag(tree, "test_peak"),
@@ -239,8 +239,7 @@ def _listed(tree: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _lists(tree: dict[str, Any], key: str) -> dict[str, tuple[str, ...]]:
-    value = tree.get(key) or {}
+def _lists(value: Any, key: str) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, dict):
         raise ConfigError(f"'{key}' is {value!r}, expected `name: [key=value, ...]` lines")
     found: dict[str, tuple[str, ...]] = {}
@@ -262,7 +261,7 @@ def _ratios(tree: dict[str, Any]) -> Iterator[Column]:
 
 
 def _settings(tree: dict[str, Any]) -> Iterator[Column]:
-    for name, overrides in _lists(tree, "settings").items():
+    for name, overrides in _lists(tree.get("settings") or {}, "settings").items():
         yield Column(name, overrides, None, None)
 
 
@@ -274,7 +273,7 @@ def _axes(tree: dict[str, Any]) -> Iterator[Column]:
         if not isinstance(values, dict) or not values:
             raise ConfigError(f"'axes' has {values!r} for '{axis}', expected `number: [key=value, ...]` lines")
         places: set[float] = set()
-        for name, overrides in _lists({f"axes.{axis}": values}, f"axes.{axis}").items():
+        for name, overrides in _lists(values, f"axes.{axis}").items():
             place = _number(name)
             if place is None:
                 raise ConfigError(f"'axes' has '{name}' on '{axis}', expected a number")
