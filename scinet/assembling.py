@@ -88,29 +88,30 @@ def _cosines(options: Options, materials: Materials, ranks: Ranks) -> Callable[[
     return cosines
 
 
-def start_bias(network: Network, source: BatchSource, num_micro_batches: int, ranks: Ranks) -> None:
+def start_bias(network: Network, source: BatchSource, options: Options, ranks: Ranks) -> None:
     """Start b so that the mean probability on the first batch is the label density (method.md section 2). Collective.
 
     Args:
         network: whose bias is set, where it has one.
         source: of the training split.
-        num_micro_batches: of a global batch.
+        options: the whole configuration; full labels count where the method trains on them.
         ranks: this process.
     """
     if network.bias is None:
         return
     rows: list[tuple[Tensor, Tensor]] = []
-    for batch in (batch.to(ranks.device) for batch in islice(source.epoch(0), num_micro_batches)):
+    for batch in (batch.to(ranks.device) for batch in islice(source.epoch(0), options.train.accumulation_steps)):
         with torch.no_grad():
             logits = gather_rows(network(batch.inputs[: len(batch.observed)]).logits, ranks).double()
         valid = gather_rows(batch.valid, ranks)
-        rows.append((logits[valid], gather_rows(batch.observed, ranks)[valid]))
-    logits, observed = (torch.cat(column) for column in zip(*rows, strict=True))
+        labels = batch.truth if options.method is Method.full_labels else batch.observed
+        rows.append((logits[valid], gather_rows(labels, ranks)[valid]))
+    logits, labels = (torch.cat(column) for column in zip(*rows, strict=True))
     if not len(logits):
         return
-    positives, negatives = (observed > 0).sum(), (observed < 0).sum()
+    positives, negatives = (labels > 0).sum(), (labels < 0).sum()
     # without a known negative the density among known cells would be 1
-    cells = positives + negatives if negatives else torch.tensor(observed.numel())
+    cells = positives + negatives if negatives else torch.tensor(labels.numel())
     density = (positives + 0.5) / (cells + 1.0)
     low, high = -50.0, 50.0
     for _ in range(60):

@@ -291,6 +291,8 @@ def _head_relations(options: Options) -> Iterator[str]:
         )
     if options.method is Method.dualcoop and head is not Head.dualcoop:
         yield f"'method=dualcoop' is the loss of one head, found 'model.head={head.value}': add 'model.head=dualcoop'"
+    if head is Head.dualcoop and not options.model.context.strip():
+        yield "'model.head=dualcoop' learns its prompts from 'model.context', which is empty: set it to some words"
 
 
 def _label_relations(data: DataOptions) -> Iterator[str]:

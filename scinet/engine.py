@@ -153,8 +153,7 @@ class Engine:
         if self.zero_stage == 0 and not self._measure_plain():
             # DeepSpeed's own optimisers look at the norm themselves, torch's does not
             self._engine.zero_grad()
-            self._engine.micro_steps += 1
-            self._schedule.step()
+            self.pass_over(1)
             return False
         self._engine.step()
         if self._engine.was_step_applied():
@@ -166,6 +165,11 @@ class Engine:
             return True
         self._schedule.step()
         return False
+
+    def pass_over(self, num_micro_batches: int) -> None:
+        """Count micro-batches that end a step without one, and go on with the schedule."""
+        self._engine.micro_steps += num_micro_batches
+        self._schedule.step()
 
     def _measure_plain(self) -> bool:
         """Keep the norm of plain gradients, and return whether it is finite.

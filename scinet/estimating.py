@@ -68,12 +68,16 @@ class DataSize:
 
 @dataclass(frozen=True)
 class Need:
-    """One line of the estimate; ``remedy`` names the options that would make it smaller."""
+    """One line of the estimate.
+
+    ``remedy`` names the options that would make it smaller, ``is_saved`` says whether a checkpoint holds it.
+    """
 
     what: str
     num_bytes: float
     remedy: str = ""
     is_refused: bool = False
+    is_saved: bool = True
 
 
 def of_card(card: DataCard) -> DataSize:
@@ -192,8 +196,11 @@ def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:
     ]
 
 
-def _tables(data: DataSize, options: Options) -> list[Need]:
-    """Return the table of every sample's labels that a method of the zoo keeps, if it does."""
+def _zoo_state(data: DataSize, options: Options) -> list[Need]:
+    """Return what a method of the zoo keeps: a table of every sample's labels, or SCPNet's relation and window."""
+    if options.method is Method.scpnet:
+        words = f"relation of the classes, {data.num_classes:,} x {data.num_classes:,}"
+        return [Need(words, data.num_classes**2 * _FLOAT, is_saved=False), _window(data, options)]
     needed, budget = table_bytes(options, data.num_samples, data.num_classes), options.zoo.memory_budget_mb
     if not needed:
         return []
@@ -203,10 +210,18 @@ def _tables(data: DataSize, options: Options) -> list[Need]:
     return [Need(words + refused, needed, "another method", is_refused)]
 
 
+def _window(data: DataSize, options: Options) -> Need:
+    """Return the window of pseudo-positives that dynamic thresholds count in."""
+    hard_k, window = options.loss.hard_k, options.loss.threshold_window
+    thresholds = DynamicThresholds(data.num_classes, hard_k=hard_k, window=window, device=torch.device("meta"))
+    num_bytes = sum(tensor.nbytes for tensor in thresholds.state_dict().values())
+    return Need(f"thresholds, the last {window:,} samples", num_bytes, "loss.threshold_window")
+
+
 def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need]:
     """Return the training state that every rank keeps, and the largest workspace of the fusion."""
     if options.method is not Method.scinet:
-        return _tables(data, options)
+        return _zoo_state(data, options)
     enabled = options.fusion.enabled and options.profile is not Profile.release
     unlimited = replace(options.fusion, memory_budget_mb=2**40, enabled=enabled)
     meta = torch.device("meta")
@@ -219,8 +234,6 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
         num_samples=data.num_samples,
         samples_per_epoch=data.num_samples,
     )
-    loss = options.loss
-    thresholds = DynamicThresholds(data.num_classes, hard_k=loss.hard_k, window=loss.threshold_window, device=meta)
     tensors = fusion.state_dict()
     parts = {
         prefix: sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(prefix))
@@ -238,11 +251,7 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
         ),
         Need(f"bank, {unlimited.bank_size:,} rows of width {width}", parts["bank"], "fusion.bank_size"),
         Need("Pearson moments", parts["correlation"]),
-        Need(
-            f"thresholds, the last {loss.threshold_window:,} samples",
-            sum(tensor.nbytes for tensor in thresholds.state_dict().values()),
-            "loss.threshold_window",
-        ),
+        _window(data, options),
     ]
     if enabled and options.fusion.combine is not Combine.linear and options.fusion.label_weight:
         share = Share(0, ranks, options.train.global_batch_size, options.train.accumulation_steps)
@@ -252,6 +261,7 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
                 f"label term of a step, 2 x {share.micro_batch_size} matrices of C x C",
                 2 * share.micro_batch_size * data.num_classes**2 * _FLOAT,
                 "fusion.label_weight=0, train.accumulation_steps",
+                is_saved=False,
             )
         )
     return [need for need in needs if need.num_bytes]

@@ -16,7 +16,7 @@ from scinet.errors import ConfigError
 from scinet.evaluation.evaluator import PlainSplit
 from scinet.model import backbone as model_backbone
 from scinet.model import features as model_features
-from scinet.model import heads
+from scinet.model import heads, regions
 from scinet.model.backbone import Backbone
 from scinet.model.network import Network
 from scinet.options import DataOptions, LastBatch, Method, Options
@@ -126,11 +126,7 @@ def gather(
         share_of(options, ranks).steps(card.split("train").num_samples)  # refused now rather than after minutes
     cache = cache_directory(options.data.cache_dir)
     backbone: Backbone = first_rank_first(lambda: model_backbone.load(options.model, cache), ranks)
-    if options.data.cached_regions and not backbone.image.shows_regions:
-        raise ConfigError(
-            f"'data.cached_regions' is {options.data.cached_regions}, but the image tower of "
-            f"'model.backbone={backbone.name}' shows no regions: leave it at 0, or set another backbone"
-        )
+    check_regions(options, backbone)
     backbone.image.to(ranks.device)
     backbone.text.to(ranks.device)
     views = Views(options.model.image_size, backbone.normalisation, smallest_crop=options.data.smallest_crop)
@@ -153,3 +149,24 @@ def gather(
                 progress=lambda done, total, split=split: progress(f"features of {split}", done, total),  # type: ignore[misc]
             )
     return materials
+
+
+def check_regions(options: Options, backbone: Backbone) -> None:
+    """Check that the image tower shows regions where they are asked for.
+
+    Raises:
+        ConfigError: if it has none, or none where ZeRO 3 releases weights.
+    """
+    cached, head = options.data.cached_regions, options.model.head
+    if cached and not backbone.image.shows_regions:
+        raise ConfigError(
+            f"'data.cached_regions' is {cached}, but the image tower of 'model.backbone={backbone.name}' shows no "
+            "regions: leave it at 0, or set another backbone"
+        )
+    releases = options.deepspeed.get("zero_optimization", {}).get("stage") == 3 and not options.model.freeze_image
+    if releases and head.needs_regions and regions.reads_late(backbone.image.trunk):
+        raise ConfigError(
+            f"'model.head={head.value}' projects the regions of 'model.backbone={backbone.name}' once the tower has "
+            "run, when 'deepspeed.zero_optimization.stage=3' has released the projection: set stage 2, or another "
+            "backbone"
+        )

@@ -201,7 +201,7 @@ def _evaluation(tried: Rehearsal, subject: Subject, world_size: int) -> Iterator
 def _checkpoint(tried: Rehearsal, state: list[Need], world_size: int) -> Part:
     """Return this rank's share of the training state, copied to be written beside the training."""
     weights = 3 * _FP32 * tried.num_parameters + tried.teacher
-    kept = sum(need.num_bytes for need in state if "label term" not in need.what)
+    kept = sum(need.num_bytes for need in state if need.is_saved)
     return Part(
         f"a checkpoint on its way to the disk / {world_size} rank(s)", (weights + kept) / world_size, is_on_host=True
     )

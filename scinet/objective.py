@@ -122,8 +122,12 @@ class Aim(Protocol):
         """
         ...
 
-    def update(self, look: Any, phase: Phase, *, ends_epoch: bool) -> None:
+    def update(self, look: Any, phase: Phase) -> None:
         """Take a step, which was sound, into the state that later ones depend on. Collective."""
+        ...
+
+    def end_epoch(self, epoch: int) -> None:
+        """Change the state at the end of an epoch, counted from 0, whether or not its last step was taken."""
         ...
 
     def fusion_seconds(self) -> list[float]:
@@ -170,12 +174,15 @@ class Objective:
         )
         return Step(total / size, {name: part.detach() / size for name, part in parts.items()}, confidence, pseudo)
 
-    def update(self, look: Look, phase: Phase, *, ends_epoch: bool) -> None:
+    def update(self, look: Look, phase: Phase) -> None:
         """Take the global batch into correlation, bank, memory and thresholds. Collective."""
         everyone, passed = look.answers()
         with self._fusing:
             self.fusion.update(everyone)
             self.thresholds.update(passed)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Change nothing."""
 
     def fusion_seconds(self) -> list[float]:
         """Return the times of the fusions that have ended since the last call."""

@@ -76,7 +76,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         network = materials.network(options).to(ranks.device)
         share_first(network.buffers(), ranks)
-        start_bias(network, self._source, train.accumulation_steps, ranks)
+        start_bias(network, self._source, options, ranks)
         self.teacher = Teacher(network, decay=train.ema_per_epoch ** (1 / self.steps_per_epoch))
         self._aim: Aim = build_aim(options, materials, network, ranks)
         self.fusion = self._aim.fusion if isinstance(self._aim, Objective) else None
@@ -172,11 +172,28 @@ class Trainer:
             num_valid: samples of the global batch.
 
         Returns:
-            what each micro-batch gave; nothing if the step was left out because of bad numbers.
+            what each micro-batch gave; nothing if the step was left out, because of bad numbers or without a sample.
 
         Raises:
             TrainingError: at bad numbers, as ``train.on_bad_numbers`` says.
         """
+        steps = self._learn(micro, num_valid) if num_valid else self._pass_over(micro)
+        if self.progress.step % self.steps_per_epoch == 0:
+            self._aim.end_epoch(self.progress.epoch)
+            if self.fusion is not None:
+                self._refresh_graph(self.fusion)
+        if steps:
+            self.teacher.update(self.engine.network)
+        return steps
+
+    def _pass_over(self, micro: list[Batch]) -> list[Step]:
+        """Take no step on a global batch none of whose samples can be read, but its place in the schedule."""
+        self.progress.step += 1
+        self.engine.pass_over(len(micro))
+        _log.warning("step %d is left out: none of its samples can be read", self.progress.step)
+        return []
+
+    def _learn(self, micro: list[Batch], num_valid: int) -> list[Step]:
         train = self._options.train
         warmup_steps = self._options.loss.warmup_fraction * self.total_steps
         phase = Phase(is_warm=self.progress.step >= warmup_steps, epoch=self.progress.epoch)
@@ -197,11 +214,7 @@ class Trainer:
             self._leave_out(micro, look, lose)
             return []
         self.progress.bad_in_a_row = 0
-        ends_epoch = self.progress.step % self.steps_per_epoch == 0
-        self._aim.update(look, phase, ends_epoch=ends_epoch)
-        if ends_epoch and self.fusion is not None:
-            self._refresh_graph(self.fusion)
-        self.teacher.update(self.engine.network)
+        self._aim.update(look, phase)
         return steps
 
     def _refresh_graph(self, fusion: Fusion) -> None:

@@ -43,7 +43,7 @@ class LargeLossOptions:
 
 @dataclass(frozen=True)
 class AsymmetricOptions:
-    """``asl`` (Ridnik et al. 2021) and, with its own settings, ``p_asl`` (Ben-Baruch et al. 2022)."""
+    """``asl`` (Ridnik et al. 2021)."""
 
     gamma_positive: float = option(0.0, "asl: focus on positives", low=0.0)
     gamma_negative: float = option(4.0, "asl: focus on negatives", low=0.0)

@@ -31,7 +31,6 @@ from scinet.zoo.objective import ZooObjective
 _KNOWN_AN_IMAGE = 8
 _FLOAT = 4
 _SEED = 0
-_EPOCH = 1  # in the first one nothing is corrected yet
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,15 @@ def _aim(options: Options, setting: Setting) -> ZooObjective:
 
 
 def _steps(aim: ZooObjective, options: Options, setting: Setting) -> Iterator[Callable[[], None]]:
-    """Yield the steps of an epoch."""
+    """Yield the steps of the last epoch but one: whatever begins within a run has begun, and goes on."""
+    epoch = options.train.epochs - 2
     for number, (logits, batch) in enumerate(_stream(options, setting)):
-        yield partial(_train, aim, logits, batch, is_last=number + 1 == setting.num_steps)
+        yield partial(_train, aim, logits, batch, epoch, is_last=number + 1 == setting.num_steps)
 
 
-def _train(aim: ZooObjective, logits: Tensor, batch: Batch, *, is_last: bool) -> None:
+def _train(aim: ZooObjective, logits: Tensor, batch: Batch, epoch: int, *, is_last: bool) -> None:
     """Take a step without a network: loss, gradient of the logits, memory."""
-    phase = Phase(is_warm=True, epoch=_EPOCH)
+    phase = Phase(is_warm=True, epoch=epoch)
 
     def forward(_: Tensor) -> Output:
         return Output(logits, logits)
@@ -131,7 +131,9 @@ def _train(aim: ZooObjective, logits: Tensor, batch: Batch, *, is_last: bool) ->
     loss = aim(Output(logits, logits), batch, phase, float(len(batch.observed)), look, 0).loss
     torch.autograd.backward(loss)
     logits.grad = None
-    aim.update(look, phase, ends_epoch=is_last)
+    aim.update(look, phase)
+    if is_last:
+        aim.end_epoch(epoch)
 
 
 def _frame(options: Options, setting: Setting) -> Frame:

@@ -30,8 +30,8 @@ class Batch:
     """A micro-batch of one rank.
 
     inputs [V * B, 3, H, W] images, or [V * B, F] features, view by view; observed [B, C] int8, what the mask leaves;
-    truth [B, C] int8, what the collection knows, for logging only; index [B] int64; ids, the stored sample ids; valid
-    [B] bool. A row that is not valid has no sample: zeros, nothing observed, index -1, id "".
+    truth [B, C] int8, what the collection knows, for logs and `full_labels` alone; index [B] int64; ids, the stored
+    sample ids; valid [B] bool. A row that is not valid has no sample: zeros, nothing observed, index -1, id "".
     """
 
     inputs: Tensor

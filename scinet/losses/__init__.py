@@ -1,1 +1,1 @@
-"""Losses: pure functions of logits, targets and masks, summed over classes (method.md section 5)."""
+"""Losses: pure functions of logits, targets and masks; of a batch, or of each of its cells (method.md section 5)."""

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from scinet.losses.assumed import negative_log
 
-EPSILON = 1e-7
-"""What the source adds inside the logarithm."""
-
 
 class Robustness(NamedTuple):
     """The parameters of one epoch: slope and offset of the belief, centre and width of the weight."""
@@ -64,7 +61,7 @@ def generalised_robust(
         robustness: of the epoch.
         positive_power: q2, 0.01.
         negative_power: q3, 1.
-        epsilon: as in :func:`~scinet.losses.assumed.negative_log`; :data:`EPSILON` in the source.
+        epsilon: as in :func:`~scinet.losses.assumed.negative_log`; 1e-7 in the source.
     """
     probabilities = torch.sigmoid(logits)
     detached = probabilities.detach()

@@ -41,6 +41,13 @@ def reader(visual: nn.Module) -> Callable[[nn.Module, Tensor], tuple[Tensor, Ten
     return None
 
 
+def reads_late(visual: nn.Module) -> bool:
+    """Return whether its regions need a weight of the tower's own after it has run, when ZeRO 3 has released that."""
+    from open_clip.transformer import VisionTransformer
+
+    return isinstance(visual, VisionTransformer) and visual.proj is not None
+
+
 def _of_resnet(trunk: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return CLIP's pooled features, and each region as the attention pool would see it alone: its value, projected.
 

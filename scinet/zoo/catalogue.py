@@ -96,7 +96,8 @@ def build(options: Options, frame: Frame) -> Recipe:
         assert frame.cosines is not None
         return TowersPositives(zoo.entropy, frame.cosines)
     if method is Method.p_asl:
-        epochs = round(options.loss.warmup_fraction * frame.num_epochs)
+        share = options.loss.warmup_fraction
+        epochs = max(1, round(share * frame.num_epochs)) if share else 0
         return Selective(zoo.selective, num_prior_epochs=epochs, num_classes=frame.num_classes, device=frame.device)
     if method is Method.scpnet:
         loss = options.loss

@@ -43,22 +43,22 @@ class SoftNegatives(Recipe):
         rest = entropy_maximisation(logits, batch.observed, weight=self._options.weight)
         return {"supervised": over_valid(torch.where(is_soft, soft, rest), batch)}
 
-    def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
-        """Keep the predictions, and choose at the end of an epoch."""
+    def update(self, everyone: Everyone, epoch: int) -> None:
+        """Keep the predictions."""
         unknown = everyone.observed == 0
         self._seen[everyone.index] = torch.where(unknown, torch.sigmoid(everyone.logits), torch.nan)
-        if ends_epoch and self._first <= epoch + 1 < self._num_epochs:
-            share = self._options.negatives / (self._num_epochs - max(self._first, 1))
-            self._choose((share * (~self._seen.isnan()).sum(0)).long().tolist())
 
-    def _choose(self, counts: list[int]) -> None:
-        """Make the given number of each class's least likely cells soft negatives."""
-        free = torch.where(self._targets.isnan(), self._seen, torch.nan)
-        for place, count in enumerate(counts):
-            column = free[:, place]
-            # NaN sorts last
-            chosen = column.argsort(stable=True)[: min(count, int((~column.isnan()).sum()))]
-            self._targets[chosen, place] = column[chosen]
+    def end_epoch(self, epoch: int) -> None:
+        """Make a share of each class's unknown cells, its least likely ones, soft negatives."""
+        if not self._first <= epoch + 1 < self._num_epochs:
+            return
+        share = self._options.negatives / (self._num_epochs - max(self._first, 1))
+        for place in range(self._seen.shape[1]):  # a class at a time: the table may be most of the memory
+            seen, targets = self._seen[:, place], self._targets[:, place]
+            free = torch.where(targets.isnan(), seen, torch.nan)
+            wanted, left = (share * (~seen.isnan()).sum()).long(), (~free.isnan()).sum()
+            chosen = free.argsort(stable=True)[: int(torch.minimum(wanted, left))]  # NaN sorts last
+            targets[chosen] = free[chosen]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return predictions and targets."""

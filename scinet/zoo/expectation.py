@@ -86,7 +86,7 @@ class LabelEstimates(Recipe):
             "expected_positives": 0.5 * over_valid(pull, batch),
         }
 
-    def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
+    def update(self, everyone: Everyone, epoch: int) -> None:
         """Let the estimates of the step's samples learn from the classifier."""
         index = everyone.index
         rows = self._rows(index, everyone.observed).detach().requires_grad_()

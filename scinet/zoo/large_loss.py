@@ -52,7 +52,7 @@ class LargeLoss(Recipe):
         rejected = self._rejected(everyone, epoch)[everyone.places(batch)]
         return {"supervised": over_valid(large_loss(logits, observed, rejected, corrects=self._corrects), batch)}
 
-    def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
+    def update(self, everyone: Everyone, epoch: int) -> None:
         """Keep the corrections of Cp."""
         if self._corrected is not None:
             self._corrected[everyone.index] |= self._rejected(everyone, epoch, strictly=True)

@@ -76,11 +76,15 @@ class ZooObjective:
         total = torch.stack(list(parts.values())).sum() / size
         return Step(total, {name: part.detach() / size for name, part in parts.items()}, None, None)
 
-    def update(self, look: Sight | None, phase: Phase, *, ends_epoch: bool) -> None:
+    def update(self, look: Sight | None, phase: Phase) -> None:
         """Let the recipe remember a step that was taken."""
         if look is not None:
             # gathered by the losses of the step, which came first
-            self._recipe.update(look.everyone(torch.empty(0)), phase.epoch, ends_epoch=ends_epoch)
+            self._recipe.update(look.everyone(torch.empty(0)), phase.epoch)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Let the recipe choose by what it remembers."""
+        self._recipe.end_epoch(epoch)
 
     def fusion_seconds(self) -> list[float]:
         """Return nothing: the zoo fuses nothing."""

@@ -50,8 +50,11 @@ class Recipe:
         """
         raise NotImplementedError
 
-    def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
+    def update(self, everyone: Everyone, epoch: int) -> None:
         """Remember what the step saw; called on all ranks alike, only where ``needs_everyone``."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Choose by what is remembered, once the last step of an epoch, counted from 0, is taken or left out."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is remembered."""

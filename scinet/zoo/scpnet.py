@@ -56,7 +56,7 @@ class StructuredConsistency(Recipe):
             "relation": weight * loss.distillation_weight * binary_cross_entropy(strong, related, rows),
         }
 
-    def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
+    def update(self, everyone: Everyone, epoch: int) -> None:
         """Count the positive labels."""
         labels, _, _ = self._thresholds.pseudo_labels(torch.sigmoid(everyone.logits), everyone.observed)
         self._thresholds.update(labels > 0)

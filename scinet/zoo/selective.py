@@ -42,7 +42,7 @@ class Selective(Recipe):
             "supervised": over_valid(partial_asymmetric(logits, batch.observed, selected, focus=self._focus), batch)
         }
 
-    def update(self, everyone: Everyone, epoch: int, *, ends_epoch: bool) -> None:
+    def update(self, everyone: Everyone, epoch: int) -> None:
         """Add to the mean predictions while they are formed."""
         if epoch < self._num_prior_epochs:
             self._sum += torch.sigmoid(everyone.logits).double().sum(0)

@@ -253,6 +253,7 @@ def test_all_relations_are_reported_together_when_several_are_broken() -> None:
         (["optimizer.learning_rate=0"], "method=zero_shot"),
         (["data.cached_regions=2", "model.freeze_image=true"], "data.cache_features=true"),
         (["method=dualcoop"], "model.head=dualcoop"),
+        (["model.head=dualcoop", "model.context=''"], "model.context=a photo of a"),
     ],
 )
 def test_relation_is_refused_until_the_other_option_fits(broken: list[str], mended: str) -> None:

@@ -114,6 +114,14 @@ def test_state_is_that_of_real_tensors(data: DataSize, combine: str) -> None:
     assert _bytes(needs, "thresholds") == sum(tensor.nbytes for tensor in thresholds.state_dict().values())
 
 
+def test_kept_by_scpnet_is_its_window_and_a_relation_that_no_checkpoint_holds(data: DataSize) -> None:
+    options = config.load(None, ["method=scpnet", "loss.threshold_window=50"])
+    thresholds = DynamicThresholds(CLASSES, hard_k=5, window=50, device=torch.device("cpu"))
+    relation, window = estimating.state(data, options, 32, 1)
+    assert (relation.num_bytes, relation.is_saved) == (4 * CLASSES**2, False)
+    assert (window.num_bytes, window.is_saved) == (sum(x.nbytes for x in thresholds.state_dict().values()), True)
+
+
 def test_memory_is_refused_where_training_would_refuse_it(data: DataSize) -> None:
     large = DataSize(1_000_000, 9605, 3, 5, 100_000, 256)
     options = config.load(None)

@@ -11,7 +11,7 @@ from scinet.options import Method, Options
 from scinet.zoo.catalogue import METHODS, table_bytes
 
 C = 9605
-SETTING = zoobench.Setting(num_samples=64, num_classes=C, batch_size=16, num_steps=4)
+SETTING = zoobench.Setting(num_samples=1024, num_classes=C, batch_size=16, num_steps=4)
 UNIT = SETTING.batch_size * C * 4
 MOST_TENSORS = 30  # as scinet/zoo/README.md says
 A_CLASS = 64  # bytes, of counts and means

@@ -26,6 +26,7 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 
 SPOILT_RANK = 1
+EMPTY_STEP = 6
 
 
 def _in_input(_trainer: Trainer, batch: Batch) -> contextlib.AbstractContextManager[Batch]:
@@ -62,8 +63,14 @@ SPOILING: dict[int, Callable[[Trainer, Batch], contextlib.AbstractContextManager
 }
 
 
+def _without_samples(batch: Batch) -> Batch:
+    """Return what comes of a batch none of whose samples can be read."""
+    nothing = {name: torch.zeros_like(getattr(batch, name)) for name in ("inputs", "observed", "truth", "valid")}
+    return dataclasses.replace(batch, **nothing, index=-torch.ones_like(batch.index), ids=("",) * len(batch.ids))
+
+
 class Spoilt(Trainer):
-    """A trainer whose rank 1 gets bad numbers in some steps."""
+    """A trainer whose rank 1 gets bad numbers in some steps, and in one of which no rank has a sample."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -76,6 +83,8 @@ class Spoilt(Trainer):
         with contextlib.ExitStack() as stack:
             if step in SPOILING and self._on.rank == SPOILT_RANK:
                 micro = [stack.enter_context(SPOILING[step](self, batch)) for batch in micro]
+            if step == EMPTY_STEP:
+                micro, num_valid = [_without_samples(batch) for batch in micro], 0
             steps = super().train_step(micro, num_valid)
         after = {part.name: part.read() for part in self.state().parts}
         self.changed[step] = [

@@ -26,7 +26,7 @@ SEMANTICS = 1
 and weights may train to other predictions (a loss, an initialisation, an order, a default): older cells then no longer
 count. Options at their defaults have no part in a key, so that a new one leaves finished cells as they are."""
 
-REVISIONS = {Method.scpnet: 1}
+REVISIONS = {Method.scpnet: 1, Method.full_labels: 1}
 """How often that has changed for one method alone; raised instead of SEMANTICS, it leaves the others' cells valid."""
 
 # the mask file counts by its content, the data by their card
@@ -112,13 +112,18 @@ def key_of(options: Options, facts: Facts) -> str | None:
 
 
 def effective(options: Options) -> dict[str, Any]:
-    """Return by dotted key what can change a cell's result; a baseline has no fusion, and zero-shot no training."""
+    """Return by dotted key what can change a cell's result.
+
+    A baseline has no fusion, zero-shot no training, and neither zero-shot nor full labels a mask.
+    """
     if options.method is Method.zero_shot:
         options = Options(
             method=options.method, data=unmasked(options.data), model=options.model, correlation=options.correlation
         )
     elif options.method is not Method.scinet:
-        options = dataclasses.replace(options, fusion=FusionOptions())
+        is_whole = options.method is Method.full_labels
+        data = unmasked(options.data) if is_whole else options.data
+        options = dataclasses.replace(options, data=data, fusion=FusionOptions())
     return {key: _value(options, key) for key in _keys()}
 
 

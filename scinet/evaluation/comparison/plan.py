@@ -82,7 +82,7 @@ def read(path: Path) -> Plan:
     try:
         plan = Plan(
             output=Path(_text(tree, "output")),
-            base=path.parent / _text(tree, "base"),
+            base=Path(_text(tree, "base")),
             methods=_lists(tree["methods"], "methods"),
             columns=(*_ratios(tree), *_settings(tree), *_axes(tree)),
             seeds=tuple(_seed(seed) for seed in _listed(tree, "seeds")),
@@ -110,7 +110,8 @@ def _checked_keys(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
     for key in tree:
         if key not in _KEYS:
             raise ConfigError(f"{path}: unknown key '{key}'{nearest(str(key), (*_KEYS, 'extends'))}")
-    return tree
+    base = tree.get("base")
+    return tree | {"base": str(path.parent / base)} if isinstance(base, str) and base else tree
 
 
 def with_seeds(plan: Plan, seeds: Sequence[int]) -> Plan:

@@ -181,3 +181,31 @@ def test_known_negative_always_pays_when_the_model_is_wrong() -> None:
 
 def test_epsilon_is_added_to_the_probability() -> None:
     assert negative_log(torch.tensor(0.0), 0.25).item() == pytest.approx(-math.log(0.75))
+
+
+@given(x=st.floats(-8, 8), target=st.floats(0, 1))
+def test_epsilon_of_the_authors_code_reaches_every_logarithm(x: float, target: float) -> None:
+    epsilon, p = 0.01, _p(x)
+    positive, negative = -math.log(p + epsilon), -math.log(1 - p + epsilon)
+    mixed = target * positive + (1 - target) * negative
+    logits, targets = torch.tensor([[x, x]], dtype=torch.float64), torch.full((1, 2), target, dtype=torch.float64)
+    observed = torch.tensor([[1, 0]], dtype=torch.int8)
+    robust = generalised_robust(
+        logits, observed, robustness=ROBUSTNESS, positive_power=0.5, negative_power=1.5, epsilon=epsilon
+    )
+    found = {
+        "assumed": assume_negative(logits, observed, epsilon=epsilon)[0].tolist(),
+        "entropy": entropy_maximisation(logits, observed, weight=0.2, epsilon=epsilon)[0].tolist(),
+        "soft": soft_negatives(logits, targets, weight=0.4, epsilon=epsilon)[0, :1].tolist(),
+        "estimates": towards_estimates(logits, targets, observed, epsilon=epsilon)[0].tolist(),
+        "robust": robust[0, :1].tolist(),
+    }
+    wanted = {
+        "assumed": [positive, negative],
+        "entropy": [positive, -0.2 * (p * positive + (1 - p) * negative)],
+        "soft": [0.4 * mixed],
+        "estimates": [(positive + mixed) / 2, mixed / 2],
+        "robust": [positive],
+    }
+    for name, values in wanted.items():
+        assert found[name] == pytest.approx(values, abs=1e-9), name

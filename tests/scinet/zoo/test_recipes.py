@@ -87,7 +87,7 @@ def test_loss_is_the_sum_over_parts_when_the_batch_is_cut(method: str, seed: int
     num_views = len(Method(method).views)
     logits, batch = _draw(seed, views=num_views)
     everyone = _everyone(logits, batch)
-    recipe.update(everyone, 0, ends_epoch=True)
+    recipe.update(everyone, 0)
     views = logits.chunk(num_views)
     parts = [
         _total(recipe, torch.cat([view[rows] for view in views]), _part(batch, rows), 3, everyone)
@@ -121,7 +121,8 @@ def test_memory_goes_on_where_another_instance_stopped(method: str) -> None:
     for epoch in range(3):
         logits, batch = _draw(epoch, views=num_views)
         if first.needs_everyone:
-            first.update(_everyone(logits, batch), epoch, ends_epoch=True)
+            first.update(_everyone(logits, batch), epoch)
+        first.end_epoch(epoch)
     second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
     logits, batch = _draw(9, views=num_views)
     assert torch.equal(_total(first, logits, batch), _total(second, logits, batch))
@@ -150,7 +151,7 @@ def test_correction_stays_when_it_was_permanent() -> None:
     recipe = _build("ll_cp", "zoo.large_loss.percent=10")
     observed = torch.zeros(5, C, dtype=torch.int8)
     logits = torch.arange(5.0 * C).view(5, C)  # 2 of 20 cells are rejected, the one above the threshold for good
-    recipe.update(Everyone(logits, observed, torch.arange(5)), 1, ends_epoch=False)
+    recipe.update(Everyone(logits, observed, torch.arange(5)), 1)
     corrected = recipe.state_dict()["corrected"]
     assert corrected.nonzero().tolist() == [[4, 3]]
     quiet = torch.full((1, C), -1.0)
@@ -166,14 +167,17 @@ def test_least_likely_unknown_cells_become_soft_negatives_when_half_the_epochs_a
     observed = torch.zeros(N, C, dtype=torch.int8)
     observed[0], observed[1] = 1, -1
     everyone = Everyone(torch.logit(probabilities), observed, torch.arange(N))
-    recipe.update(everyone, 0, ends_epoch=True)
+    recipe.update(everyone, 0)
+    recipe.end_epoch(0)
     assert recipe.state_dict()["targets"].isnan().all()
-    recipe.update(everyone, 1, ends_epoch=True)
+    recipe.update(everyone, 1)
+    recipe.end_epoch(1)
     targets = recipe.state_dict()["targets"]
     chosen = (~targets.isnan())[:, 0].nonzero().flatten().tolist()
     assert chosen == [2, 3, 4, 5, 6]  # half of the ten unknown ones, for two passes are left
     assert targets[chosen, 0].tolist() == pytest.approx(probabilities[chosen, 0].tolist())
-    recipe.update(everyone, 2, ends_epoch=True)
+    recipe.update(everyone, 2)
+    recipe.end_epoch(2)
     assert int((~recipe.state_dict()["targets"].isnan())[:, 0].sum()) == 10
 
 
@@ -184,7 +188,7 @@ def test_estimates_start_at_the_known_labels_and_follow_the_classifier() -> None
     index = torch.tensor([3])
     start = recipe.state_dict()["estimates"][3].clone()
     for _ in range(20):
-        recipe.update(Everyone(logits, observed, index), 0, ends_epoch=False)
+        recipe.update(Everyone(logits, observed, index), 0)
     estimates = recipe.state_dict()["estimates"]
     # half way between certainty and the classifier's one half
     assert 0.5 < estimates[3, 0] < 1.5
@@ -210,18 +214,26 @@ def test_prior_is_the_mean_prediction_of_the_first_epochs() -> None:
     confident = torch.tensor([[3.0, -3.0, -3.0, -3.0]]).expand(3, C)
     everyone = Everyone(confident, observed, torch.arange(3))
     assert _total(recipe, confident, _batch(observed), 1, everyone).item() == 0.0
-    recipe.update(everyone, 0, ends_epoch=False)
-    recipe.update(Everyone(-confident, observed, torch.arange(3)), 2, ends_epoch=False)  # too late to count
+    recipe.update(everyone, 0)
+    recipe.update(Everyone(-confident, observed, torch.arange(3)), 2)  # too late to count
     wrong = torch.zeros(1, C, requires_grad=True)
     (gradient,) = torch.autograd.grad(_total(recipe, wrong, _batch(observed[:1]), 2, everyone), wrong)
     assert gradient[0, 0] == 0
     assert (gradient[0, 1:] > 0).all()
 
 
+@pytest.mark.parametrize(("share", "has_priors"), [(0.1, True), (0.0, False)])
+def test_short_run_has_an_epoch_of_priors_unless_none_is_asked_for(share: float, has_priors: bool) -> None:
+    recipe = _build("p_asl", f"loss.warmup_fraction={share}")
+    logits, batch = _draw(0)
+    recipe.update(_everyone(logits, batch), 0)
+    assert bool(recipe.state_dict()["count"]) == has_priors
+
+
 def test_known_positives_count_for_the_thresholds_of_scpnet() -> None:
     recipe = _build("scpnet", "loss.hard_k=1", "loss.threshold_window=4")
     observed = torch.tensor([[1, 0, 0, 0]], dtype=torch.int8).expand(4, C)
-    recipe.update(Everyone(torch.full((4, C), -9.0), observed, torch.arange(4)), 0, ends_epoch=False)
+    recipe.update(Everyone(torch.full((4, C), -9.0), observed, torch.arange(4)), 0)
     # class 0 has as many positives as there are samples: it asks for 0.95, the others for the least, 0.95 / (2 C - 1)
     probabilities = torch.tensor(
         [[0.94, 0.1, 0.1, 0.1], [0.96, 0.1, 0.1, 0.1], [0.1, 0.13, 0.1, 0.1], [0.1, 0.14, 0.1, 0.1]]

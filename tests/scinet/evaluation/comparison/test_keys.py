@@ -45,6 +45,8 @@ def _key(*overrides: str, facts: Facts = FACTS) -> str | None:
         ("bce", "seed=0", "seed=3", False),
         ("bce", "correlation.graph_top_k=20", "correlation.graph_top_k=3", False),  # baselines have the graph too
         ("bce", "train.on_bad_numbers=stop", "train.on_bad_numbers=skip", False),
+        ("full_labels", "data.known_ratio=0.3", "data.single_positive=true", True),  # it looks past the mask
+        ("full_labels", "seed=0", "seed=3", False),
         ("zero_shot", "seed=0", "seed=3", True),
         ("zero_shot", "data.known_ratio=0.3", "data.known_ratio=0.7", True),
         ("zero_shot", "train.epochs=10", "train.epochs=2", True),

@@ -143,6 +143,9 @@ def test_plan_says_only_what_differs_when_it_extends_another(tmp_path: Path) -> 
     found, parent = plan.read(child), plan.read(tmp_path / "plan.yaml")
     assert (found.output, found.seeds) == (Path("elsewhere"), (7,))
     assert (found.methods, found.columns, found.base) == (parent.methods, parent.columns, parent.base)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "child.yaml").write_text("extends: ../plan.yaml\nseeds: [7]\n")
+    assert plan.read(tmp_path / "own" / "child.yaml").base.resolve() == parent.base.resolve()
     child.write_text("extends: plan.yaml\nsedes: [7]\n")
     with pytest.raises(ConfigError, match=r"child\.yaml: unknown key 'sedes'; did you mean 'seeds'"):
         plan.read(child)
