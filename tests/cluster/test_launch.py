@@ -104,9 +104,11 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
 
 def test_ranks_know_their_places_and_write_untouched(launched: Callable[..., Launched]) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR GLOO_SOCKET_IFNAME"
+    # one write a line: both ranks have the same pipe, and print makes several of an unbuffered line
+    told = f"' '.join(os.environ[name] for name in {names!r}.split()) + chr(10)"
     one = launched(
         *("--nodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--ranks-per-node", "2"),
-        then=f"print(*(os.environ[name] for name in {names!r}.split())); print('to stderr', file=sys.stderr)",
+        then=f"os.write(1, ({told}).encode()); os.write(2, b'to stderr' + bytes([10]))",
     )
     status, out, err = one.end()
     assert status == 0
