@@ -64,11 +64,13 @@ class Prompt(enum.Enum):
 class Head(enum.Enum):
     """From embeddings to logits, whatever the loss (``scinet/zoo/README.md``, heads).
 
-    ``prompt``: cosines to the classes' text; ``linear``: a map of the image embedding. Of regions: ``cam``, averaged
-    activation maps; ``ml_decoder``, class queries that attend; ``dualcoop``, a positive and a negative prompt.
+    ``prompt``: cosines to the classes' text; ``linear``: a map of the image embedding. Of regions: ``prompt_regions``,
+    the odds by ``prompt``, averaged; ``cam``, averaged activation maps; ``ml_decoder``, class queries that attend;
+    ``dualcoop``, a positive and a negative prompt.
     """
 
     prompt = "prompt"
+    prompt_regions = "prompt_regions"
     linear = "linear"
     cam = "cam"
     ml_decoder = "ml_decoder"
@@ -77,7 +79,12 @@ class Head(enum.Enum):
     @property
     def needs_regions(self) -> bool:
         """Whether it looks at the regions of an image."""
-        return self in (Head.cam, Head.ml_decoder, Head.dualcoop)
+        return self in (Head.prompt_regions, Head.cam, Head.ml_decoder, Head.dualcoop)
+
+    @property
+    def is_prompted(self) -> bool:
+        """Whether it compares with SCINet's text side: learned prompts and the label graph."""
+        return self in (Head.prompt, Head.prompt_regions)
 
 
 class BiDominant(enum.Enum):
@@ -218,13 +225,13 @@ class ModelOptions:
     head: Head = option(Head.prompt, "the classifier on top of the towers")
     boost_alpha: float = option(1.0, "cam: factor on positive activations; BoostLU takes 5", low=1.0, high=100.0)
     decoder_groups: int = option(100, "ml_decoder: most queries; more classes than that share them", low=1)
-    prompt: Prompt = option(Prompt.learned, "prompt: whether the context vectors are trained")
+    prompt: Prompt = option(Prompt.learned, "prompt, prompt_regions: whether the context vectors are trained")
     context: str = option("a photo of a", "words that the context vectors start from")
     bi_dominant: BiDominant = option(BiDominant.late, "prompt: cross attention between image and text embeddings")
     attention_heads: int = option(
         4, "heads of that attention, and of ml_decoder's; must divide the embedding width", low=1
     )
-    label_graph: bool = option(True, "prompt: graph convolutions over the label correlation on the text side")
+    label_graph: bool = option(True, "prompt, prompt_regions: graph convolutions over the label correlation")
     logit_scale: float = option(10.0, "s in z = s cos(f, t) + b; 0 takes the backbone's own", low=0.0, high=200.0)
     activation_checkpointing: bool = option(False, "towers compute activations twice instead of keeping them")
     learned_bias: bool = option(True, "train b, started at the label density; false: b = 0")

@@ -7,6 +7,7 @@ checkpoint stores their hash instead. Shapes: N images or views, F features, R r
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ class Network(nn.Module):
             if self.image is not None:
                 recompute_blocks(self.image)
         self.prompter = Prompter(backbone.text, class_names, options)
-        is_prompted = options.head is Head.prompt
+        is_prompted = options.head.is_prompted
         self.label_graph = LabelGraph(backbone.width) if is_prompted and options.label_graph else None
         self.attend_text = CrossAttention(backbone.width, options.attention_heads) if is_late else None
         self.attend_image = CrossAttention(backbone.width, options.attention_heads) if is_late else None
@@ -155,6 +156,9 @@ class Network(nn.Module):
         if self.label_graph is not None:
             text = self.label_graph(text, self.get_buffer("graph"))
         image, text = _unit(features.float()), _unit(text)
+        if self._needs_regions:
+            assert regions is not None, "towers without regions are refused"
+            return Output(self._biased(_mean_odds(self.scale * _unit(regions.float()) @ text.T)), image)
         if self.attend_text is None or self.attend_image is None:
             cosine = image @ text.T
         else:
@@ -212,6 +216,11 @@ def _cosine_to_changed(image: Tensor, text: Tensor, change: Tensor) -> Tensor:
     product = image @ text.T + (image * shared).sum(1, keepdim=True)
     squared = text.square().sum(1) + 2 * shared @ text.T + shared.square().sum(1, keepdim=True)
     return product / squared.clamp_min(1e-12).sqrt()
+
+
+def _mean_odds(logits: Tensor) -> Tensor:
+    """Return the logits [N, C] of an image whose odds are the mean of its regions' odds, from theirs [N, R, C]."""
+    return torch.logsumexp(logits, dim=1) - math.log(logits.shape[1])
 
 
 def natively_bf16(device: torch.device) -> bool:

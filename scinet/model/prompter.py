@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from scinet.model.backbone import TextTower
-from scinet.options import Head, ModelOptions, Prompt
+from scinet.options import ModelOptions, Prompt
 
 
 class Prompter(nn.Module):
@@ -21,7 +21,7 @@ class Prompter(nn.Module):
             # saved, since another processor would compute other last digits
             self.register_buffer("fixed", text(tokens).float())
         self.register_buffer("tokens", tokens, persistent=False)
-        learns = options.head is Head.prompt and options.prompt is Prompt.learned
+        learns = options.head.is_prompted and options.prompt is Prompt.learned
         self.context = nn.Parameter(self.words(text, options.context)) if learns else None
 
     def forward(self, text: TextTower) -> Tensor:

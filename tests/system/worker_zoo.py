@@ -25,6 +25,7 @@ from scinet.trainer import Trainer
 
 MIDDLE = 7  # steps; an epoch has five
 HEADS = {
+    "regions": ("model.head=prompt_regions", "data.cached_regions=2"),
     "linear": ("model.head=linear",),
     "cam": ("model.head=cam", "model.boost_alpha=5", "data.cached_regions=2"),
     "ml_decoder": ("model.head=ml_decoder", "data.cached_regions=2", "model.decoder_groups=20"),

@@ -18,13 +18,14 @@ from scinet.errors import ConfigError
 from scinet.model import heads
 from scinet.model.network import Network, Output
 from scinet.model.regions import pooled_to
-from scinet.options import Head, ModelOptions, OptimizerOptions
+from scinet.options import BiDominant, Head, ModelOptions, OptimizerOptions
 from tests.scinet.model.conftest import FEATURES, WIDTH, WORDS, MakeBackbone
 
 N, R, C = 3, 4, 5
 NAMES = ("cat", "dog", "owl", "polar bear", "fox")
-ALL = (Head.linear, Head.cam, Head.ml_decoder, Head.dualcoop)
-OF_REGIONS = ALL[1:]
+OWN = (Head.linear, Head.cam, Head.ml_decoder, Head.dualcoop)
+ALL = (Head.prompt_regions, *OWN)
+OF_REGIONS = (Head.prompt_regions, *OWN[1:])
 Reference = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -130,7 +131,7 @@ CHANGES: dict[Head, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("head", ALL)
+@pytest.mark.parametrize("head", OWN)
 def test_value_and_gradient_are_those_of_the_formula(head: Head) -> None:
     made, text = _head(head, **CHANGES[head]), _random(C, WIDTH)
     exact = _head(head, **CHANGES[head]).double()
@@ -152,7 +153,20 @@ def test_value_and_gradient_are_those_of_the_formula(head: Head) -> None:
             assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4 * max(scale, 1.0))
 
 
-@pytest.mark.parametrize("head", OF_REGIONS)
+def test_odds_of_an_image_are_the_mean_of_its_regions_odds(make_backbone: MakeBackbone) -> None:
+    network = _network(make_backbone, head=Head.prompt_regions, freeze_image=True, learned_bias=False)
+    regions = _random(N, R, FEATURES)
+    cached = torch.cat([_random(N, 1, FEATURES, seed=5), regions], dim=1)
+    plain = _network(
+        make_backbone, head=Head.prompt, bi_dominant=BiDominant.none, freeze_image=True, learned_bias=False
+    )
+    plain.load_state_dict(network.state_dict())
+    of_regions = plain(regions.flatten(0, 1)).logits.view(N, R, C)
+    assert_close(network(cached).logits.exp(), of_regions.exp().mean(1), rtol=1e-4, atol=0)
+    assert_close(network(cached).embeddings, plain(cached[:, 0]).embeddings)
+
+
+@pytest.mark.parametrize("head", OWN[1:])
 def test_logits_stay_when_regions_are_permuted(head: Head) -> None:
     made, image, regions = _head(head), _random(N, WIDTH), _random(N, R, WIDTH, seed=3)
     assert_close(made(image, regions[:, [2, 0, 3, 1]], _read), made(image, regions, _read), rtol=1e-5, atol=1e-5)
@@ -306,7 +320,7 @@ def test_names_of_the_prompt_head_stay_those_of_older_checkpoints(make_backbone:
     assert set(_network(make_backbone, freeze_image=True).state_dict()) == expected
 
 
-@pytest.mark.parametrize(("head", "prompts"), [*((head, set()) for head in ALL[:-1]), (Head.dualcoop, {"head"})])
+@pytest.mark.parametrize(("head", "prompts"), [*((head, set()) for head in OWN[:-1]), (Head.dualcoop, {"head"})])
 def test_new_weights_have_the_heads_rate_and_prompts_their_own(
     make_backbone: MakeBackbone, head: Head, prompts: set[str]
 ) -> None:
@@ -320,8 +334,9 @@ def test_new_weights_have_the_heads_rate_and_prompts_their_own(
     assert found == {2.0: own} | ({1.0: prompts} if prompts else {})
 
 
-def test_untrained_classifier_is_the_prompts_whatever_the_head(make_backbone: MakeBackbone) -> None:
-    options = ModelOptions(head=Head.cam, freeze_image=True)
+@pytest.mark.parametrize("head", [Head.prompt_regions, Head.cam])
+def test_untrained_classifier_is_the_prompts_whatever_the_head(make_backbone: MakeBackbone, head: Head) -> None:
+    options = ModelOptions(head=head, freeze_image=True)
     plain = dataclasses.replace(options, head=Head.prompt)
     assert heads.untrained(plain) == plain
     with torch.random.fork_rng():
