@@ -119,7 +119,7 @@ def compare(
     Prints the tables and writes comparison.json, .csv, .md and .html into the file's output folder. A finished cell is
     kept with its test predictions: an interrupted command goes on, and two at once share the work.
 
-    scinet compare --config configs/compare/scenes.yaml
+    scinet compare --config configs/compare/scenes-zoo.yaml --methods scinet,bce,epr
     """
     from scinet.evaluation.comparison import command
 

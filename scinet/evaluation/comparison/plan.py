@@ -70,7 +70,7 @@ class Cell:
 
 
 def read(path: Path) -> Plan:
-    """Read a comparison's file; what it does not say is that of the one that it extends.
+    """Read a comparison's file; what it does not say, methods one by one, is that of the one that it extends.
 
     Raises:
         ConfigError: naming the key that is wrong, and what is expected there.
@@ -103,7 +103,10 @@ def _tree(path: Path) -> dict[str, Any]:
     inherited = config.read_tree(parent)
     if "extends" in inherited:
         raise ConfigError(f"{path} extends {parent}, which extends another file: one level is allowed")
-    return _checked_keys(parent, inherited) | _checked_keys(path, tree)
+    under, over = _checked_keys(parent, inherited), _checked_keys(path, tree)
+    both = under.get("methods"), over.get("methods")
+    merged = {"methods": both[0] | both[1]} if isinstance(both[0], dict) and isinstance(both[1], dict) else {}
+    return under | over | merged
 
 
 def _checked_keys(path: Path, tree: dict[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,13 @@ def test_plan_says_only_what_differs_when_it_extends_another(tmp_path: Path) -> 
     found, parent = plan.read(child), plan.read(tmp_path / "plan.yaml")
     assert (found.output, found.seeds) == (Path("elsewhere"), (7,))
     assert (found.methods, found.columns, found.base) == (parent.methods, parent.columns, parent.base)
+    changed = list(parent.methods)[-1]
+    child.write_text(f"extends: plan.yaml\nmethods:\n  {changed}: [method=an]\n  more: [method=role]\n")
+    assert plan.read(child).methods == parent.methods | {changed: ("method=an",), "more": ("method=role",)}
+    assert list(plan.read(child).methods) == [*parent.methods, "more"]
+    child.write_text("extends: plan.yaml\nmethods: [bce]\n")
+    with pytest.raises(ConfigError, match="'methods' is"):
+        plan.read(child)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "child.yaml").write_text("extends: ../plan.yaml\nseeds: [7]\n")
     assert plan.read(tmp_path / "own" / "child.yaml").base.resolve() == parent.base.resolve()
