@@ -73,17 +73,22 @@ def _columns(tree: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _coloured(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[str]:
     """Return the first method and the best of the others, which charts show in colour."""
-    others = [row for row in ranked if row["mean"] is not None and row["method"] != tree["first"]]
-    others.sort(key=lambda row: -row["mean"])
+    others = sorted(_rivals(tree, ranked), key=lambda row: -row["mean"])
     return [tree["first"], *(row["method"] for row in others)][:_NUM_COLOURED]
+
+
+def _rivals(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of methods with a result that compete with the first: no ceiling does."""
+    beside = (tree["first"], *tree["ceilings"])
+    return [row for row in ranked if row["mean"] is not None and row["method"] not in beside]
 
 
 def _summary(tree: dict[str, Any], ranked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     first = next(row for row in ranked if row["method"] == tree["first"])
     tiles = [(f"{tree['first']}, {tree['ranked_by']}", _number(first["mean"]))]
-    others = [row for row in ranked if row is not first and row["mean"] is not None]
-    if others:
-        best = max(others, key=lambda row: row["mean"])
+    rivals = _rivals(tree, ranked)
+    if rivals:
+        best = max(rivals, key=lambda row: row["mean"])
         tiles.append((f"{best['method']}, the best of the others", _number(best["mean"])))
         if best["difference"]:
             low, high = (_signed(best["difference"][end]) for end in ("low", "high"))

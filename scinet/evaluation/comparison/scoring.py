@@ -18,6 +18,7 @@ from scinet.evaluation.comparison.plan import Cell, Plan
 from scinet.evaluation.comparison.plan import unchanged as find_unchanged
 from scinet.evaluation.comparison.store import MOMENTS, Record, TestSet
 from scinet.evaluation.metrics import percentile_interval
+from scinet.options import Method
 
 MEAN = "mean over known ratios"
 TITLES = {
@@ -59,7 +60,8 @@ def summarise(plan: Plan, entries: Sequence[Entry], test_sets: dict[str, TestSet
     """
     done = [entry for entry in entries if entry.record]
     moments = (*MOMENTS, "test_peak") if plan.test_peak else MOMENTS
-    rows = {moment: _table(plan, entries, moment) for moment in moments}
+    ceilings = _ceilings(entries)
+    rows = {moment: _table(plan, entries, moment, ceilings) for moment in moments}
     unchanged = find_unchanged(plan)
     return {
         "name": plan.output.name,
@@ -77,10 +79,11 @@ def summarise(plan: Plan, entries: Sequence[Entry], test_sets: dict[str, TestSet
             for column in plan.columns
         ],
         "first": next(iter(plan.methods)),
+        "ceilings": list(ceilings),
         "ranked_by": _ranked_by(plan),
         "tables": {moment: {"title": TITLES[moment], "rows": own} for moment, own in rows.items()},
         "beside": _beside(plan, done),
-        "classes": _classes(plan, done, rows["selected"], test_sets),
+        "classes": _classes(plan, done, rows["selected"], test_sets, ceilings),
         "test_sets": _told(test_sets.values()),
         "worlds": sorted({_world(entry.record) for entry in done if entry.record}),
         "num_cells": len(entries),
@@ -95,7 +98,13 @@ def _told(test_sets: Iterable[TestSet]) -> list[str]:
     return [text if number == 1 else f"{text} ({number} such sets)" for text, number in sorted(counted.items())]
 
 
-def _table(plan: Plan, entries: Sequence[Entry], moment: str) -> list[dict[str, Any]]:
+def _ceilings(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Return the methods that see all labels: they are shown beside the others and compete with none."""
+    seen = {entry.cell.method: entry.cell.options.method is Method.full_labels for entry in entries}
+    return tuple(method for method, is_ceiling in seen.items() if is_ceiling)
+
+
+def _table(plan: Plan, entries: Sequence[Entry], moment: str, ceilings: Sequence[str]) -> list[dict[str, Any]]:
     """Return a row for each method and column, and for the mean over known ratios where there are several."""
     grid: dict[tuple[str, str], _Scores] = {}
     for entry in entries:
@@ -110,11 +119,11 @@ def _table(plan: Plan, entries: Sequence[Entry], moment: str) -> list[dict[str, 
     rows = []
     for name in names:
         column = {method: grid[method, name] for method in plan.methods}
-        best = _best(column)
+        best = _best({method: scores for method, scores in column.items() if method not in ceilings})
         first = next(iter(column.values()))
         for method, scores in column.items():
             values = [score.value for score in scores.values()]
-            behind = _difference(column[best], scores) if best not in (None, method) else None
+            behind = None if best is None or method in (best, *ceilings) else _difference(column[best], scores)
             rows.append(
                 {
                     "method": method,
@@ -164,7 +173,7 @@ def _mean(columns: Sequence[_Scores]) -> _Scores:
 
 def _best(column: dict[str, _Scores]) -> str | None:
     """Return the method with the highest mean among those with the most seeds; the first of equals."""
-    most = max(map(len, column.values()))
+    most = max(map(len, column.values()), default=0)
     if not most:
         return None
     complete = [method for method, scores in column.items() if len(scores) == most]
@@ -220,7 +229,11 @@ def _fmean(values: Iterable[float | None]) -> float | None:
 
 
 def _classes(
-    plan: Plan, done: Sequence[Entry], table: Sequence[dict[str, Any]], test_sets: dict[str, TestSet]
+    plan: Plan,
+    done: Sequence[Entry],
+    table: Sequence[dict[str, Any]],
+    test_sets: dict[str, TestSet],
+    ceilings: Sequence[str],
 ) -> dict[str, Any] | None:
     """Return each class's average precision under the first method and the best of the others, largest gain first.
 
@@ -230,7 +243,8 @@ def _classes(
     names = {truth for entry in done if entry.record for truth in [entry.record.truth]}
     rank = _ranked_by(plan)
     ranked = {row["method"]: row["mean"] for row in table if row["column"] == rank and row["mean"] is not None}
-    other = max((method for method in others if method in ranked), key=lambda method: ranked[method], default=None)
+    rivals = [method for method in others if method in ranked and method not in ceilings]
+    other = max(rivals, key=lambda method: ranked[method], default=None)
     if other is None or len(names) != 1:
         return None
     own, theirs = ({_place(e.cell): e.record for e in done if e.cell.method == method} for method in (first, other))

@@ -13,6 +13,7 @@ LEGEND = (
     "Mean and standard deviation over seeds, in per cent. **Bold**: the best of a column; †: within its interval, that "
     "is, the paired bootstrap over test images (95 %) does not tell it from the best."
 )
+_CEILING = " {} sees all labels and does not compete."
 _OWN = " (own): the value that the first method has itself."
 _NONE = "\N{EN DASH}"
 _COLUMNS = (
@@ -36,7 +37,8 @@ def _parts(tree: dict[str, Any]) -> Iterator[str]:
         if moment == "test_peak":
             continue
         has_axes = any(column["axis"] for column in tree["columns"])
-        yield LEGEND + _OWN * has_axes + "\n"
+        ceilings = "".join(_CEILING.format(_safe(method)) for method in tree["ceilings"])
+        yield LEGEND + ceilings + _OWN * has_axes + "\n"
         if others:
             yield f"### {table['title']}: difference from {_safe(tree['first'])}, 95 % interval over test images\n"
             yield from _grids(tree, table["rows"], others, _difference)

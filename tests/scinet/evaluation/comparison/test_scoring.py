@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from scinet.evaluation.comparison import scoring, training
+from scinet.evaluation.comparison import scoring, tables, training
 from scinet.evaluation.comparison.plan import Cell, Plan
 from scinet.evaluation.comparison.scoring import MEAN, Entry
 from scinet.evaluation.metrics import paired_bootstrap
@@ -105,6 +105,16 @@ def test_best_is_marked_and_those_whose_interval_against_it_holds_zero(tmp_path:
         for method in wanted.methods
     }
     assert marks == {"scinet": (True, False), "twin": (False, True), "bce": (False, False)}  # the first of equals
+
+
+def test_ceiling_that_sees_all_labels_is_no_best_and_no_rival(tmp_path: Path) -> None:
+    wanted = make_plan(tmp_path, THREE.replace("[fusion.momentum=0.5]", "[method=full_labels]"))
+    tree = _summary(wanted, make_entries(wanted, lambda cell: 0.9 if cell.method == "twin" else _quality(cell), TRUTH))
+    marks = {method: _row(tree, method, MEAN)["is_best"] for method in wanted.methods}
+    assert marks == {"scinet": True, "twin": False, "bce": False}
+    assert not any(row["is_within_best"] for row in tree["tables"]["selected"]["rows"] if row["method"] == "twin")
+    assert (tree["ceilings"], tree["classes"]["other"]) == (["twin"], "bce")
+    assert "twin sees all labels and does not compete." in tables.markdown(tree)
 
 
 def test_missing_cells_move_no_mean_and_make_nobody_best(tmp_path: Path) -> None:
