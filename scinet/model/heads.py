@@ -157,7 +157,7 @@ class DualPromptHead(_RegionHead):
 
 
 def build(options: ModelOptions, text: Tensor, words: Tensor) -> nn.Module | None:
-    """Return the configured head, or None for the prompt classifier, which is the network's own.
+    """Return the configured head, or None for the prompt classifiers, which are the network's own.
 
     Args:
         options: the ``model`` section.

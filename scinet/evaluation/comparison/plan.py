@@ -104,9 +104,10 @@ def _tree(path: Path) -> dict[str, Any]:
     if "extends" in inherited:
         raise ConfigError(f"{path} extends {parent}, which extends another file: one level is allowed")
     under, over = _checked_keys(parent, inherited), _checked_keys(path, tree)
-    both = under.get("methods"), over.get("methods")
-    merged = {"methods": both[0] | both[1]} if isinstance(both[0], dict) and isinstance(both[1], dict) else {}
-    return under | over | merged
+    merged = under | over
+    if isinstance(under.get("methods"), dict) and isinstance(over.get("methods"), dict):
+        merged["methods"] = under["methods"] | over["methods"]
+    return merged
 
 
 def _checked_keys(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
