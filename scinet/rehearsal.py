@@ -36,7 +36,7 @@ from scinet.model.network import Network, Output
 from scinet.model.teacher import Teacher
 from scinet.objective import Aim, Look, Objective, Phase
 from scinet.options import Memory, Method, Options
-from scinet.zoo.catalogue import Frame, build
+from scinet.zoo.catalogue import Frame, build, sees_everyone
 from scinet.zoo.objective import Sight, ZooObjective
 from scinet.zoo.recipe import Everyone
 from scinet_kernels import estimate as kernel_cost
@@ -288,10 +288,10 @@ def _step(
     aim = _aim(options, unseen, fusion, batch)
     start, before = live.now, live.flop
     live.peak = start
-    look: Look | Sight | None
-    if fusion is None:
+    look: Look | Sight | None = None
+    if sees_everyone(options.method):
         look = _sighted(batch, options.train.global_batch_size)
-    else:
+    if fusion is not None:
         taught = teacher.forward(batch.inputs[: len(batch.observed)])
         look = _gathered(taught, batch, options.train.global_batch_size)
     looked = live.now - start

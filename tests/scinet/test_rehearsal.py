@@ -166,7 +166,16 @@ def test_step_of_every_method_is_rehearsed(method: str) -> None:
     assert len(found.moved) >= (4 if own else 10)  # projection, two contexts, bias
 
 
-@pytest.mark.parametrize("head", ["linear", "cam", "ml_decoder", "dualcoop"])
+def test_global_batch_is_gathered_only_where_a_method_looks_at_it() -> None:
+    sizes = {
+        method: _rehearse(f"method={method}", "train.global_batch_size=64", *CACHED, world_size=16).gathered
+        for method in ("bce", "asl", "ll_r", "scinet")
+    }
+    assert sizes["bce"] == sizes["asl"] == 0
+    assert min(sizes["ll_r"], sizes["scinet"]) >= 64 * len(NAMES) * 4  # a float for each of the batch's labels
+
+
+@pytest.mark.parametrize("head", ["prompt_regions", "linear", "cam", "ml_decoder", "dualcoop"])
 @pytest.mark.parametrize("overrides", [(), (*CACHED, "data.cached_regions=2")])
 def test_step_of_every_head_is_rehearsed(head: str, overrides: tuple[str, ...]) -> None:
     options = _options(f"model.head={head}", *overrides)
@@ -174,7 +183,7 @@ def test_step_of_every_head_is_rehearsed(head: str, overrides: tuple[str, ...]) 
     for method in ("scinet", "vlpl"):
         found = _rehearse(f"method={method}", f"model.head={head}", *overrides)
         assert found.num_parameters == sum(p.numel() for p in network.parameters() if p.requires_grad)
-        assert (found.text > 0) == (head == "dualcoop")
+        assert (found.text > 0) == (head in ("prompt_regions", "dualcoop"))
         assert found.student > 0
 
 

@@ -15,7 +15,16 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow, pytest.mark.timeout(18
 WORKER = Path(__file__).parent / "worker_zoo.py"
 # every method with a memory, every one that looks at the global batch, and one that does neither
 METHODS = ("em", "em_apl", "epr", "role", "ll_r", "ll_cp", "p_asl", "vlpl", "scpnet")
-HEADS = ("bce:linear", "bce:regions", "bce:cam", "bce:ml_decoder", "bce:dualcoop", "dualcoop:dualcoop", "vlpl:cam")
+HEADS = (
+    "scinet:regions",
+    "bce:linear",
+    "bce:regions",
+    "bce:cam",
+    "bce:ml_decoder",
+    "bce:dualcoop",
+    "dualcoop:dualcoop",
+    "vlpl:cam",
+)
 TABLES = {"em_apl": "targets", "role": "updates", "ll_cp": "corrected", "p_asl": "sum", "scpnet": "ring"}
 OVERRIDES = (
     "data.cache_features=true",
