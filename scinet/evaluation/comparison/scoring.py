@@ -172,9 +172,12 @@ def _mean(columns: Sequence[_Scores]) -> _Scores:
 
 
 def _best(column: dict[str, _Scores]) -> str | None:
-    """Return the method with the highest mean among those with the most seeds; the first of equals."""
+    """Return the method with the highest mean among those with the most seeds, the first of equals.
+
+    None where nothing is measured, or a method has nobody to compete with.
+    """
     most = max(map(len, column.values()), default=0)
-    if not most:
+    if not most or len(column) == 1:
         return None
     complete = [method for method, scores in column.items() if len(scores) == most]
     return max(complete, key=lambda method: statistics.fmean(score.value for score in column[method].values()))

@@ -9,9 +9,10 @@ from typing import Any
 
 from scinet.texttable import printable
 
-LEGEND = (
-    "Mean and standard deviation over seeds, in per cent. **Bold**: the best of a column; †: within its interval, that "
-    "is, the paired bootstrap over test images (95 %) does not tell it from the best."
+_MEAN = "Mean and standard deviation over seeds, in per cent."
+_BEST = (
+    " **Bold**: the best of a column; †: within its interval, that is, the paired bootstrap over test images (95 %) "
+    "does not tell it from the best."
 )
 _CEILING = " {} sees all labels and does not compete."
 _OWN = " (own): the value that the first method has itself."
@@ -38,7 +39,7 @@ def _parts(tree: dict[str, Any]) -> Iterator[str]:
             continue
         has_axes = any(column["axis"] for column in tree["columns"])
         ceilings = "".join(_CEILING.format(_safe(method)) for method in tree["ceilings"])
-        yield LEGEND + ceilings + _OWN * has_axes + "\n"
+        yield _MEAN + _BEST * bool(others) + ceilings + _OWN * has_axes + "\n"
         if others:
             yield f"### {table['title']}: difference from {_safe(tree['first'])}, 95 % interval over test images\n"
             yield from _grids(tree, table["rows"], others, _difference)
