@@ -39,7 +39,8 @@ def _parts(tree: dict[str, Any]) -> Iterator[str]:
             continue
         has_axes = any(column["axis"] for column in tree["columns"])
         ceilings = "".join(_CEILING.format(_safe(method)) for method in tree["ceilings"])
-        yield _MEAN + _BEST * bool(others) + ceilings + _OWN * has_axes + "\n"
+        has_rivals = len(tree["methods"]) - len(tree["ceilings"]) > 1
+        yield _MEAN + _BEST * has_rivals + ceilings + _OWN * has_axes + "\n"
         if others:
             yield f"### {table['title']}: difference from {_safe(tree['first'])}, 95 % interval over test images\n"
             yield from _grids(tree, table["rows"], others, _difference)

@@ -117,8 +117,9 @@ def test_ceiling_that_sees_all_labels_is_no_best_and_no_rival(tmp_path: Path) ->
     assert "twin sees all labels and does not compete." in tables.markdown(tree)
 
 
-def test_method_alone_is_no_best(tmp_path: Path) -> None:
-    wanted = make_plan(tmp_path, PLAN.replace("  bce: [method=bce]\n", ""))
+@pytest.mark.parametrize("others", ["", "  twin: [method=full_labels]\n"])
+def test_method_without_a_rival_is_no_best(tmp_path: Path, others: str) -> None:
+    wanted = make_plan(tmp_path, PLAN.replace("  bce: [method=bce]\n", others))
     tree = _summary(wanted, make_entries(wanted, _quality, TRUTH))
     assert not any(row["is_best"] for row in tree["tables"]["selected"]["rows"])
     assert "**" not in tables.markdown(tree)
