@@ -109,7 +109,7 @@ def estimate(options: Options, subject: Subject, world_size: int) -> Estimate:
         *_weights(tried, zero_config(options), world_size, has_gpu=has_gpu),
         Part(f"kept for backward: prompts of {len(subject.class_names):,} classes", tried.text, Moment.step),
         Part(f"kept for backward: {_micro_batch(options, world_size)}", tried.student, Moment.step),
-        Part(f"fusion: gathered rows of {options.train.global_batch_size:,} samples", tried.gathered, Moment.step),
+        Part(f"gathered rows of {options.train.global_batch_size:,} samples", tried.gathered, Moment.step),
         _highest(tried),
         # what the label term of a step takes is rehearsed
         *(Part(f"fusion: {need.what}", need.num_bytes) for need in state if "label term" not in need.what),
