@@ -140,13 +140,13 @@ def test_weights_and_biases_gets_each_step_once_in_one_run_when_it_is_resumed(tm
     _carry_out(options, tmp_path, 4, 8)
     paths = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len({path.name for path in paths}) == 1, "the same run"
-    rows: list[tuple[int, dict[str, Any]]] = []
-    patience = time.monotonic() + 10  # the package's own process may still write when finish() returns
-    while len(rows) < 8 and time.monotonic() < patience:
-        time.sleep(0.1)
-        rows = [row for path in paths for row in _histories(path)]
-    assert [step for step, _ in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert [row["loss/total"] for _, row in rows] == [1 / step for step in range(1, 9)]
+
+    def rows() -> list[tuple[int, dict[str, Any]]]:
+        return [row for path in paths for row in _histories(path)]
+
+    _await(lambda: len(rows()) >= 8)  # the package's own process may still write when finish() returns
+    assert [step for step, _ in rows()] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["loss/total"] for _, row in rows()] == [1 / step for step in range(1, 9)]
 
 
 def test_wandb_is_asked_for_in_one_sentence_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
