@@ -5,7 +5,7 @@ STAGE := .ci/stage
 QUICKSTART ?= runs/quickstart
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup quickstart test lint types layers spelling interpreted tests format clean
+.PHONY: help setup quickstart test lint types layers spelling interpreted tests faults format clean
 
 help: ## show these lines
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -44,6 +44,9 @@ interpreted: setup ## Triton kernels in the interpreter, which wants a process o
 
 tests: setup
 	@$(STAGE) "tests (pytest)" $(BIN)/pytest --durations=10
+
+faults: setup ## plant each fault of tests/faults/*.toml in a copy, and see a test fail
+	@$(BIN)/python tests/faults/run.py $(FAULTS)
 
 format: setup ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
