@@ -62,16 +62,17 @@ class _Trunk(nn.Module):
         return self.forward_head(self.forward_features(images))
 
 
+def small_backbone(seed: int = 0, *, has_regions: bool = True) -> Backbone:
+    """Towers of random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        image = ImageTower(_Trunk(), nn.Linear(FEATURES, WIDTH, bias=False), has_regions=has_regions).eval()
+        text = cast(TextTower, _Text())
+    normalisation = Normalisation((0.5,) * 3, (0.5,) * 3)
+    return Backbone(image, text, FEATURES, WIDTH, 20.0, normalisation, "stub", "0" * 64)
+
+
 @pytest.fixture
 def make_backbone() -> MakeBackbone:
     """``make_backbone(seed, has_regions)``: towers of random weights."""
-
-    def make(seed: int = 0, *, has_regions: bool = True) -> Backbone:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            image = ImageTower(_Trunk(), nn.Linear(FEATURES, WIDTH, bias=False), has_regions=has_regions).eval()
-            text = cast(TextTower, _Text())
-        normalisation = Normalisation((0.5,) * 3, (0.5,) * 3)
-        return Backbone(image, text, FEATURES, WIDTH, 20.0, normalisation, "stub", "0" * 64)
-
-    return make
+    return small_backbone
