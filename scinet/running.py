@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scinet import fitting, materials, rundir
+from scinet import fitting, lazy_dynamo, materials, rundir
 from scinet.checkpoint import weights
 from scinet.checkpoint.keeper import Keeper
 from scinet.data import transports
@@ -29,6 +29,7 @@ from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
 from scinet.materials import Materials
+from scinet.model import backbone as model_backbone
 from scinet.notes import Failures, Notes
 from scinet.options import Method, Options
 from scinet.report import summary
@@ -50,6 +51,8 @@ def run(options: Options) -> dict[str, Any]:
     failures = Failures()
     try:
         materials.check(options)
+        if options.model.backbone in model_backbone.OWN:
+            lazy_dynamo.defer()  # open_clip imports it whatever it does
         ranks = initialise(options.train.collective_timeout_s)
         configure_logging(ranks.is_first)
         sentry = Sentry(ranks, Notes(ranks), failures, hang_timeout_s=options.train.hang_timeout_s)

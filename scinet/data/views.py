@@ -14,15 +14,15 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import v2
 
+from scinet import lazy_dynamo
 from scinet.data.images import IMAGE_FORMATS, format_of, opened
 from scinet.data.masks import derive
 from scinet.errors import DataError
@@ -77,7 +77,13 @@ class Views:
         self.image_size, self._smallest_crop = image_size, smallest_crop
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalisation.mean, normalisation.std))
         self._scale, self._shift = 1 / (255 * std), -mean / std
-        self._augment = {name: v2.RandAugment(num_ops=ops) for name, ops in _RANDAUGMENT_OPS.items() if ops}
+
+    @cached_property
+    def _augment(self) -> dict[str, Any]:
+        lazy_dynamo.defer()
+        from torchvision.transforms import v2
+
+        return {name: v2.RandAugment(num_ops=ops) for name, ops in _RANDAUGMENT_OPS.items() if ops}
 
     @property
     def enough_pixels(self) -> int:
@@ -109,7 +115,7 @@ class Views:
             generator = random.Random(derive(seed, "views", epoch, sample_id, name))
             box = crop_box(generator, image.shape[2], image.shape[1], self._smallest_crop)
             drawn = self._resize(image, box, is_flipped=generator.random() < 0.5)
-            if name in self._augment:
+            if _RANDAUGMENT_OPS[name]:
                 drawn = self._augmented(drawn, name, generator.getrandbits(63))
             view.copy_(drawn)
             cutouts.append(cutout_box(generator, self.image_size) if name == "strong" else None)
@@ -204,6 +210,9 @@ def decode(content: bytes, where: str, *, formats: tuple[str, ...] | None = None
         is_jpeg = format_of(image) == "JPEG" and image.mode in ("RGB", "L")
         reduction = min(image.size) // enough_pixels if enough_pixels else 1
         if is_jpeg and reduction < 2:
+            lazy_dynamo.defer()
+            from torchvision.io import ImageReadMode, decode_jpeg
+
             try:
                 # the same pixels as Pillow's, in three quarters of the time; Pillow has checked the size
                 return torch.as_tensor(

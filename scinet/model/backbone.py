@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from scinet.data.views import Normalisation
 from scinet.errors import ConfigError, nearest
-from scinet.model import embedded, regions
+from scinet.model import embedded, embedded_towers, regions
 from scinet.options import ModelOptions
 
 _log = logging.getLogger(__name__)
+EMBEDDED, DEBUG = OWN = "embedded", "debug"
 _Dense = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -89,8 +90,9 @@ class TextTower(nn.Module):
         super().__init__()
         self._model, self._tokenizer = model, tokenizer
         self._embedding = _token_embedding(model)
+        text = getattr(model, "text", None)
         # open_clip's own transformers need the full context length, those of transformers mask their padding
-        self._is_trimmable = hasattr(getattr(model, "text", None), "config")
+        self._is_trimmable = hasattr(text, "config") or getattr(text, "is_trimmable", False)
         self.requires_grad_(False)
         self.eval()
 
@@ -181,6 +183,11 @@ def whole(options: ModelOptions, cache: Path) -> tuple[nn.Module, Any, str]:
         ConfigError: as :func:`load`.
     """
     name, tag, weights = _find(options, cache)
+    if options.backbone == DEBUG:
+        return *embedded_towers.debug(), _identity(name, tag, weights)
+    if options.backbone == EMBEDDED:
+        assert weights is not None
+        return *embedded.load(weights.parent), _identity(name, tag, weights)
     model, tokenizer = _create(name, tag, options)
     return model, tokenizer, _identity(name, tag, weights)
 
@@ -201,16 +208,17 @@ def _identity(name: str, tag: str, weights: Path | None) -> str:
 def _find(options: ModelOptions, cache: Path) -> tuple[str, str, Path | None]:
     """Return open_clip's name and tag, and the weights where they are a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if options.backbone == "embedded" or not _reaches_hub():
+    if options.backbone in OWN:
+        if options.pretrained != EMBEDDED:
+            raise ConfigError(
+                f"model.pretrained is '{options.pretrained}', but model.backbone={options.backbone} has its own weights"
+            )
+        if options.backbone == DEBUG:
+            return DEBUG, "random", None
+        return EMBEDDED, "", embedded.ensure(cache) / embedded.WEIGHTS
+    if not _reaches_hub():
         # read when huggingface_hub is imported: without it each missing file costs five silent retries
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if options.backbone == "embedded":
-        if options.pretrained != "embedded":
-            raise ConfigError(
-                f"model.pretrained is '{options.pretrained}', but model.backbone=embedded has its own weights"
-            )
-        folder = embedded.ensure(cache)
-        return f"local-dir:{folder}", "", folder / "open_clip_model.safetensors"
     return options.backbone, options.pretrained, _check_name(options.backbone, options.pretrained)
 
 
@@ -221,7 +229,7 @@ def skeleton(options: ModelOptions, cache: Path) -> Backbone:
         ConfigError: as :func:`load`, for an unknown name, or weights in a folder or a hub that cannot be had.
     """
     name = options.backbone
-    if name == "embedded" or name.startswith(("local-dir:", "hf-hub:")):
+    if name in OWN or name.startswith(("local-dir:", "hf-hub:")):
         return load(options, cache)
     import open_clip
 
@@ -261,7 +269,7 @@ def _check_name(name: str, tag: str) -> Path | None:
     if tag in tags:
         return None
     path = Path(tag)
-    if not tag or tag == "embedded" or not path.is_file():
+    if not tag or tag == EMBEDDED or not path.is_file():
         raise ConfigError(
             f"model.pretrained='{tag}' is neither a file nor a tag of {name}{nearest(tag, tags)} "
             f"(tags: {', '.join(tags) or 'none'}; or pass a weights file, or model.backbone=embedded)"
@@ -274,7 +282,7 @@ def _check_known(name: str) -> None:
 
     known = open_clip.list_models()
     if name.replace("/", "-") not in known:
-        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, ['embedded', *known])}")
+        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, [EMBEDDED, *known])}")
 
 
 def _create(name: str, tag: str, options: ModelOptions) -> tuple[nn.Module, Any]:

