@@ -46,6 +46,23 @@ def load(path: Path | None = None, overrides: Sequence[str] = ()) -> Options:
     return _related(load_as(Options, path, overrides))
 
 
+def refuse_debug(options: Options, what: str) -> None:
+    """Refuse the random towers of ``model.backbone=debug`` where a result is wanted.
+
+    Args:
+        options: of the run.
+        what: wants it, as a message names it.
+
+    Raises:
+        ConfigError: naming a backbone that would do.
+    """
+    if options.model.backbone == "debug":
+        raise ConfigError(
+            f"{what} wants a result, and 'model.backbone=debug' has random towers, for tests and work on the trainer: "
+            "set 'model.backbone=embedded', or a name of open_clip"
+        )
+
+
 def load_as(section: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Return a tree of options of any kind, checked field by field; otherwise as :func:`load`.
 

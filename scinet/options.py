@@ -218,7 +218,10 @@ class DataOptions:
 class ModelOptions:
     """The towers and what is trained on top of them."""
 
-    backbone: str = option("embedded", "an open_clip model name, or `embedded`: the towers that come out of packages")
+    backbone: str = option(
+        "embedded",
+        "an open_clip model name; `embedded`: the towers that come out of packages; `debug`: small random ones, for tests",
+    )
     pretrained: str = option("embedded", "an open_clip tag, a weights file, or `embedded`")
     image_size: int = option(224, "side of the square input, pixels", low=32, high=1024)
     freeze_image: bool = option(False, "keep the image tower as it is and train a projection after it")

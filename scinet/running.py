@@ -110,6 +110,8 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
     if options.resume and directory.evaluation.is_file():
         voice.say(f"{directory.path} is finished: there is nothing to go on with")
         return rundir.read_evaluation(directory)
+    if options.model.backbone == model_backbone.DEBUG:
+        voice.say("warning: model.backbone=debug has small random towers: no figure of this run is a result")
     if options.baseline:
         _check_baseline(Path(options.baseline))
     with contextlib.ExitStack() as held:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from scinet import config
 from scinet.errors import ConfigError, DataError, nearest
 from scinet.options import Options
 from scinet.rundir import RunDirectory, find
@@ -34,6 +35,7 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
     from scinet.evaluation.metrics import evaluate
 
     run, options = find(path)
+    config.refuse_debug(options, f"scinet evaluate --run {path}")
     if split not in data_card.SPLITS:
         raise ConfigError(f"--split is '{split}', expected one of {', '.join(data_card.SPLITS)}")
     card = sources.read_card(options.data, data)
@@ -76,6 +78,7 @@ def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int
     from scinet.data.views import decode
 
     run, options = find(path)
+    config.refuse_debug(options, f"scinet predict --run {path}")
     files = list(_files(paths))
     class_names = _class_names(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

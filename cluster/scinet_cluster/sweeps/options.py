@@ -111,6 +111,7 @@ def load(path: Path, overrides: list[str]) -> Sweep:
     fixed = [f"{key}={_spelled(value)}" for key, value in space.flattened(options.fixed)]
     own = ["train.test_at_end=false", "baseline=", "checkpoint.keep_last=1", "telemetry.port=0"]
     base = config.load(path.parent / options.config, [*fixed, *own])
+    config.refuse_debug(base, "a sweep")
     return Sweep(options, base, space.parse(options.space, base))
 
 

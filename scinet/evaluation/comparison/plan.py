@@ -196,6 +196,7 @@ def _load(plan: Plan, method: str, column: Column, overrides: Sequence[str], see
     own = [text.replace(_SEED, str(seed)) for text in column.overrides]
     try:
         made = config.load(plan.base, [*overrides, *own, "train.test_at_end=true"])
+        config.refuse_debug(made, "a comparison")
     except ConfigError as error:
         raise ConfigError(f"method '{method}', {column.name}: {error}") from error
     # only batches with bad numbers are left there
