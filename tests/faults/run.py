@@ -47,16 +47,12 @@ class Outcome:
 
     status: int = -1
     failed: list[str] = field(default_factory=list)
-    uncollected: list[str] = field(default_factory=list)
     originals: list[str] = field(default_factory=list)
+    last_words: str = ""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note a failed test."""
         self.failed += [report.nodeid] * report.failed
-
-    def pytest_collectreport(self, report: Any) -> None:
-        """Note what could not be collected."""
-        self.uncollected += [f"{report.nodeid}: {report.longreprtext.splitlines()[-1:]}"] * report.failed
 
     def verdict(self) -> tuple[str, str]:
         """Return the verdict, and by which test or why."""
@@ -66,7 +62,7 @@ class Outcome:
             return "caught", self.failed[0]
         if self.status == 0:
             return "SURVIVED", ""
-        return "BROKEN", f"no test failed, pytest's status is {self.status} {' '.join(self.uncollected)}"
+        return "BROKEN", f"no test failed, pytest's status is {self.status} {self.last_words}"
 
 
 def refuse(sentence: str) -> NoReturn:
@@ -120,8 +116,10 @@ def outcomes(faults: Sequence[Fault], copies: Sequence[Path], root: Path) -> Ite
             shutil.copy2(root / fault.file, copy / fault.file)
         # what hypothesis remembers of one fault would find the next one sooner than a fresh clone does
         shutil.rmtree(copy / ".hypothesis", ignore_errors=True)
-        said = copy.with_suffix(".json")
-        yield fault, Outcome(**json.loads(said.read_text())) if said.exists() else Outcome(), time.monotonic() - start
+        said, log = copy.with_suffix(".json"), copy.with_suffix(".log").read_text(errors="replace")
+        outcome = Outcome(**json.loads(said.read_text())) if said.exists() else Outcome()
+        outcome.last_words = " | ".join(log.splitlines()[-5:])
+        yield fault, outcome, time.monotonic() - start
         said.unlink(missing_ok=True)
         free.append(copy)
 
@@ -181,7 +179,7 @@ def main() -> int:
         for interpreter, modules in ((True, MODULES), (False, (*MODULES, *LARGER_MODULES))):
             group = [fault for fault in faults if fault.interpreter is interpreter]
             tests = sorted({test for fault in group for test in fault.tests})
-            for module in modules if len(group) > 4 else ():
+            for module in modules if len(group) > 4 else modules[:2]:
                 importlib.import_module(module)
             shares = (tuple(tests[number :: len(copies)]) for number in range(len(copies)))
             unchanged = [Fault("", "", "", "", share, interpreter) for share in shares if share]

@@ -1,5 +1,6 @@
 """The tiles in C at the sizes that are shipped: against the reference, at any number of threads, in bounded memory."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -91,7 +92,33 @@ def test_memory_stays_far_below_the_matrix_as_seen_from_outside() -> None:
     assert grown < 64  # MiB; one 8,192 x 8,192 matrix takes 256
 
 
-def test_weights_that_underflow_are_nothing_rather_than_subnormal() -> None:
-    x = torch.tensor([[0.0], [13.1], [13.3]])  # exp(-85.8) and exp(-88.4)
-    found = gaussian_propagate(x[:1], torch.tensor([[0.0], [1.0], [1e30]]), keys=x, bandwidth=1.0, backend="cpu")
-    assert found.item() == pytest.approx(5.5e-38, rel=0.1)
+def weight_of(exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight [B] in fp32 of a key at each exponent -> (as found, exponents as fp32 knows them), both float64.
+
+    Each query's own point has value 0 and weight 1, the key value 1; a third key, which does not count, brings the mean
+    of the values to 0, so that the result is the weight's share and nothing is lost against a mean.
+    """
+    keys, values = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [-1.0]])
+    bandwidth = (-2 * exponents).rsqrt()
+    options = {"keys": keys, "key_weights": torch.tensor([1.0, 1.0, 0.0]), "backend": "cpu"}
+    share = gaussian_propagate(torch.zeros(len(exponents), 1), values, bandwidth=bandwidth, **options)[:, 0].double()
+    inverse = bandwidth.reciprocal()
+    return share / (1 - share), (-0.5 * inverse * inverse).double()
+
+
+def test_weights_keep_two_units_in_the_last_place_down_to_where_they_would_be_subnormal() -> None:
+    found, exponents = weight_of(-torch.linspace(0.01, 86.99, 16_384))
+    error = found / exponents.exp() - 1
+    assert error.abs().max() <= 2 * 2**-23
+    # rounding scatters and cancels in the mean; an error of the series does not: by where the exponent lies between
+    # two powers of 2
+    position = exponents / math.log(2)
+    position = ((position - position.floor()) * 16).long()
+    for part in range(16):
+        assert error[position == part].mean().abs() < 1.2e-8
+
+
+def test_weights_that_would_be_subnormal_are_nothing() -> None:
+    found, _ = weight_of(torch.tensor([-86.9, -87.1, -88.4, -95.0, -103.0, -1e4, -1e30]))
+    assert found[0].item() == pytest.approx(math.exp(-86.9), rel=1e-4, abs=0)
+    assert (found[1:] == 0).all()

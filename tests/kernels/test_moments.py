@@ -69,6 +69,21 @@ def test_blocks_equal_the_whole_with_gradients(num_rows: int, has_mask: bool, ha
             assert torch.isfinite(actual).all()
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_moments_are_about_the_given_pivot_when_fp32_does_not_know_it(is_weighted: bool) -> None:
+    _, known, weights = cells(2, 700, 3)
+    # numbers and weights with few digits, so that products in fp32 are exact and nothing but the pivot can differ
+    steps = torch.randint(-8, 9, (700, 3), generator=torch.Generator().manual_seed(0))
+    values, weights = 1e4 + steps.float() / 1024, (weights * 4).round().float()
+    pivot = torch.tensor([1e4 + 0.0004, 1e4 - 0.0003, 1e4 + 0.25 / 1024], dtype=torch.float64)
+    assert (pivot != pivot.float()).all()
+    for fold in (moments, column_sums):
+        found, exact = (
+            fold(values, known, weights if is_weighted else None, pivot, how) for how in ("cpu", "reference")
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_fp32_products_keep_seven_digits(dtype: torch.dtype, is_weighted: bool) -> None:

@@ -126,6 +126,21 @@ def test_far_rows_average_correctly_and_duplicates_share() -> None:
         torch.testing.assert_close(found[1], found[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("left_out_by", ["exclude_self", "query_ids", "key_weights"])
+def test_far_rows_average_correctly_when_their_own_row_does_not_count(left_out_by: str) -> None:
+    # weights of e-200 and less, whose plain sum would be nothing: the largest exponent must be subtracted first
+    x, values = 20 * torch.arange(20.0)[:, None], rows(0, 20, 3).float()
+    weights = torch.where(torch.arange(20) % 2 == 0, 0.0, 1.0)
+    rules = {"exclude_self": True, "query_ids": torch.arange(20).to(DEVICE), "key_weights": weights.to(DEVICE)}
+    options = {"bandwidth": 1.0, "backend": "triton", left_out_by: rules[left_out_by]}
+    found = gaussian_propagate(x.to(DEVICE), values.to(DEVICE), **options).double().cpu()
+    mass = gaussian_mass(x.to(DEVICE), **options).double().cpu()
+    wide = {name: rule.double().cpu() if name == "key_weights" else rule for name, rule in rules.items()}
+    options |= {"backend": "reference", left_out_by: wide[left_out_by]}
+    torch.testing.assert_close(found, gaussian_propagate(x.double(), values.double(), **options), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mass, gaussian_mass(x.double(), **options), rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_has_weight_one_on_itself_when_the_bandwidth_is_tiny() -> None:
     x = (rows(0, 20, 64) + 3).float().to(DEVICE)
     assert (gaussian_mass(x, bandwidth=1e-3, backend="triton") == 0).all()

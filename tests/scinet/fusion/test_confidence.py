@@ -172,8 +172,9 @@ def test_log_odds_equal_the_loops_when_combined(combine: Combine, radius: float,
         "combine": combine,
         "instance_weight": 0.8,
         "label_weight": 1.3,
-        "prior_strength": 0.05,
-        "label_noise": 0.3,
+        "prior_strength": 0.07,
+        "label_noise": 0.45,
+        "label_shrinkage": 17.0,
     }
     fusion = _fusion(radius=radius, bank_size=64 if with_bank else 0, **options)
     past, everyone, probabilities = _rows(20, 1, start=5), _rows(12, 0), _probabilities(12)  # 7 samples are in both
@@ -185,12 +186,12 @@ def test_log_odds_equal_the_loops_when_combined(combine: Combine, radius: float,
     rows = _joined(everyone, past) if with_bank else everyone
     weights = _weights(batch, rows, 0.7, radius)
     known, positive = (rows[1] != 0).double().numpy(), (rows[1] > 0).double().numpy()
-    votes = (weights @ positive + 0.05 * rate) / (weights @ known + 0.05)
-    correlation = fusion.correlation.known_correlation(30.0).double().numpy()
-    expectation = _expected_label(correlation, rate, batch[1], 0.3)
+    votes = (weights @ positive + 0.07 * rate) / (weights @ known + 0.07)
+    correlation = fusion.correlation.known_correlation(17.0).double().numpy()
+    expectation = _expected_label(correlation, rate, batch[1], 0.45)
     score = _logit(probabilities[3:9].double().numpy())
     if combine is Combine.pool:
-        say = 0.8 * (weights @ known) / (weights @ known + 0.05)
+        say = 0.8 * (weights @ known) / (weights @ known + 0.07)
         score = (score + say * _logit(votes)) / (1 + say)
     else:
         score += 0.8 * (_logit(votes) - _logit(rate))
@@ -430,6 +431,69 @@ def test_known_positive_stands_for_those_that_the_teacher_sees() -> None:
     # the teacher sees 0.9 x 2 positives an image in the lacking classes, 1.2 are known
     assert counting.weight.tolist() == pytest.approx([1.5, 1.0, 1.5, 1.0])
     assert counting.rate.tolist() == pytest.approx([0.9, 0.5, 0.3, 17 / 22], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("num_known", "seen", "weight", "rate"),
+    [(1, 0.9, 10.0, 0.25), (1, 0.15, 6.0, 0.15), (20, 0.04, 1.0, 0.5), (20, 1.6, 3.2, 0.9), (1, 0.02, 1.0, 0.025)],
+)
+def test_hidden_positives_are_bounded_when_the_teacher_sees_far_more_or_fewer_than_are_known(
+    num_known: int, seen: float, weight: float, rate: float
+) -> None:
+    observed = torch.zeros(40, C, dtype=torch.int8)
+    observed[:num_known, 0] = 1
+    rows = Neighbours(torch.zeros(40, D), observed, torch.full((40, C), seen / C), torch.arange(40))
+    fusion = _fusion()
+    fusion.update(rows)
+    counting = fusion._count(rows)
+    assert counting.weight.tolist() == pytest.approx([weight] * C, rel=1e-4)
+    assert counting.rate.tolist() == pytest.approx([rate, *[1e-3] * (C - 1)], rel=1e-4)
+
+
+@pytest.mark.parametrize("combine", [Combine.evidence, Combine.pool])
+def test_certain_teacher_says_one_in_a_thousand_when_there_is_no_evidence(combine: Combine) -> None:
+    alone = _rows(1, 0)._replace(observed=torch.zeros(1, C, dtype=torch.int8))
+    certain = torch.tensor([[0.0, 1e-4, 0.9999, 1.0]])
+    unified = _fusion(combine=combine, bank_size=0).combine(alone, certain, alone).unified
+    torch.testing.assert_close(unified, torch.tensor([[0.001, 0.001, 0.999, 0.999]]))
+
+
+def test_memory_is_each_samples_own_when_they_come_in_any_order() -> None:
+    plain, tested = _fusion(**LINEAR, bank_size=0), _fusion(**LINEAR, bank_size=0, momentum=0.9, memory=Memory.dense)
+    everyone, probabilities = _rows(8, 0), _probabilities(8)
+    everyone = everyone._replace(
+        observed=torch.zeros(8, C, dtype=torch.int8), indices=torch.tensor([700, 3, 41, 9, 999, 0, 5, 2])
+    )
+    order = torch.tensor([4, 0, 7, 2])
+    tested.update(Neighbours(*(column[order] for column in everyone)))
+    raw = plain.combine(everyone, probabilities, everyone).unified
+    expected = raw.clone()
+    expected[order] = 0.9 * everyone.confidence[order] + 0.1 * raw[order]
+    torch.testing.assert_close(tested.combine(everyone, probabilities, everyone).unified, expected)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 40])
+def test_bandwidth_is_the_distance_to_the_kth_other_sample_when_adaptive(neighbours: int) -> None:
+    options = {"bandwidth": Bandwidth.adaptive, "bandwidth_neighbours": neighbours, "prior_strength": 0.07}
+    fusion, everyone = _fusion(**options), _rows(12, 0)
+    past = _rows(20, 1, start=5)  # 7 samples are in both, and are no neighbours of themselves
+    everyone.embeddings[6] = everyone.embeddings[2]  # a twin: its distance of 0 is no bandwidth
+    fusion.update(past)
+    instance = fusion.combine(everyone, _probabilities(12), everyone).instance
+    rows, rate = _joined(everyone, past), fusion.correlation.positive_rate().double().numpy()
+    known, positive = (rows[1] != 0).double().numpy(), (rows[1] > 0).double().numpy()
+    assert instance is not None
+    for i in range(12):
+        mine = Neighbours(*(column[i : i + 1] for column in everyone))
+        distances = sorted(
+            float((mine.embeddings[0].double() - other.double()).norm())
+            for other, index in zip(rows.embeddings, rows.indices, strict=True)
+            if index != mine.indices[0]
+        )
+        sigma = max(distances[:neighbours][-1], 1e-3)
+        weights = _weights(mine, rows, sigma)
+        expected = (weights @ positive + 0.07 * rate) / (weights @ known + 0.07)
+        np.testing.assert_allclose(instance[i].numpy(), expected[0], atol=2e-4)
 
 
 def test_class_that_was_never_seen_is_lacking_when_no_class_has_a_negative() -> None:
