@@ -1,21 +1,12 @@
-"""Which unknown cells are rejected: so many percent of all cells, of the largest losses in the global batch."""
+"""Which unknown cells are rejected: those of the largest losses in the global batch."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scinet.losses.large_loss import is_rejected, rejected_cells, smallest_rejected_loss
-
-
-@pytest.mark.parametrize(
-    ("epoch", "is_permanent", "count"),
-    [(0, False, 0), (1, False, 1), (2, False, 1), (7, False, 3), (0, True, 0), (1, True, 1), (7, True, 1)],
-)
-def test_share_grows_with_the_epochs_unless_corrections_stay(epoch: int, is_permanent: bool, count: int) -> None:
-    assert rejected_cells(200, 0.2, epoch, is_permanent=is_permanent) == count
+from scinet.losses.large_loss import is_rejected, smallest_rejected_loss
 
 
 @settings(deadline=None)

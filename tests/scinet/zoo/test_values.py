@@ -5,8 +5,9 @@ Two ranks share each global batch; the plain loop of ``oracles`` knows of none.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,48 @@ ORACLES: dict[Method, Callable[[Recipe], Plain]] = {
     Method.scpnet: lambda _: oracles.Scpnet(_RELATION.tolist()),
     Method.dualcoop: lambda _: Alone(oracles.dualcoop),
     Method.full_labels: lambda _: Alone(oracles.bce, sees_truth=True),
+}
+# every option of a method, at another value than its default
+SETTINGS = {
+    "zoo.label_smoothing=0.2": "an_ls",
+    "zoo.entropy.weight=0.2": "em em_apl vlpl",
+    "zoo.entropy.negatives=0.5": "em_apl",
+    "zoo.entropy.negative_weight=0.5": "em_apl",
+    "zoo.entropy.start=0.25": "em_apl",
+    "zoo.entropy.positive_weight=0.5": "vlpl",
+    "zoo.entropy.temperature=0.02": "vlpl",
+    "zoo.entropy.threshold=0.5": "vlpl",
+    "zoo.expectation.positives=2.5": "epr role",
+    "zoo.expectation.learning_rate=0.1": "role",
+    "zoo.large_loss.percent=1": "ll_r ll_ct ll_cp",
+    "zoo.asymmetric.gamma_positive=1": "asl",
+    "zoo.asymmetric.gamma_negative=2": "asl",
+    "zoo.asymmetric.margin=0.2": "asl",
+    "zoo.selective.focus_positive=1": "p_asl",
+    "zoo.selective.focus_negative=3": "p_asl",
+    "zoo.selective.focus_unknown=2": "p_asl",
+    "zoo.selective.ignored=1": "p_asl",
+    "zoo.selective.common=0.2": "p_asl",
+    "zoo.robust.ceiling=2": "hill",
+    "zoo.robust.margin=0.5": "hill splc scpnet",
+    "zoo.robust.gamma=1": "hill splc scpnet",
+    "zoo.robust.threshold=0.8": "splc scpnet",
+    "zoo.robust.start=3": "splc scpnet",
+    "zoo.generalised.slope_start=1": "gr",
+    "zoo.generalised.slope_end=2": "gr",
+    "zoo.generalised.offset_start=-1": "gr",
+    "zoo.generalised.offset_end=-2": "gr",
+    "zoo.generalised.centre_start=0.4": "gr",
+    "zoo.generalised.centre_end=0.6": "gr",
+    "zoo.generalised.width_start=1": "gr",
+    "zoo.generalised.width_end=1": "gr",
+    "zoo.generalised.positive_power=0.5": "gr",
+    "zoo.generalised.negative_power=0.5": "gr",
+    "loss.warmup_fraction=0.5": "p_asl",
+    "loss.unlabelled_weight=0.5": "scpnet",
+    "loss.distillation_weight=3": "scpnet",
+    "loss.hard_k=2": "scpnet",
+    "loss.threshold_window=30": "scpnet",
 }
 
 
@@ -91,6 +134,7 @@ def _logits(generator: torch.Generator, epoch: int) -> Tensor:
     return (centre + width * torch.randn(G, C, generator=generator)).double()
 
 
+@functools.cache
 def _run(num_views: int) -> list[list[Step]]:
     """Return the steps of each epoch: two global batches, which leave out some samples."""
     generator = torch.Generator().manual_seed(0)
@@ -117,15 +161,11 @@ def _everyone(step: Step, dtype: torch.dtype = torch.float64) -> Everyone:
     return Everyone(torch.tensor(step.logits[:size], dtype=dtype), observed, torch.tensor(step.index))
 
 
-def _hold(recipe: Recipe, oracle: Plain, step: Step) -> None:
-    """Compare losses and gradients of two ranks with those of the plain loop over the global batch."""
-    oracle.begin(step)
-    everyone, size = _everyone(step), len(step.index)
-    logits = torch.tensor(step.logits, dtype=torch.float64, requires_grad=True)
-    views = logits.split(size)
-    losses: list[Tensor] = []
+def _loss(recipe: Recipe, step: Step, logits: Tensor) -> Tensor:
+    """Return the sum of the losses of two ranks, which have every second sample of the global batch."""
+    everyone, losses = _everyone(step), list[Tensor]()
     for rank in range(2):
-        mine = torch.arange(rank, size, 2)
+        mine = torch.arange(rank, len(step.index), 2)
         batch = Batch(
             inputs=torch.tensor(step.inputs, dtype=torch.float64)[mine],
             observed=everyone.observed[mine],
@@ -134,28 +174,45 @@ def _hold(recipe: Recipe, oracle: Plain, step: Step) -> None:
             ids=("",) * len(mine),
             valid=torch.ones(len(mine), dtype=torch.bool),
         )
-        losses += recipe.loss(torch.cat([view[mine] for view in views]), batch, step.epoch, everyone).values()
-    loss = torch.stack(losses).sum()
+        own = torch.cat([view[mine] for view in logits.split(len(step.index))])
+        losses += recipe.loss(own, batch, step.epoch, everyone).values()
+    return torch.stack(losses).sum()
+
+
+def _hold(recipe: Recipe, oracle: Plain, step: Step) -> None:
+    """Compare a step's loss and gradient with those of the plain loop."""
+    oracle.begin(step)
+    logits = torch.tensor(step.logits, dtype=torch.float64, requires_grad=True)
+    loss = _loss(recipe, step, logits)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.item() == pytest.approx(total(step.logits, oracle), rel=1e-7)
     plain = torch.tensor(slopes(step.logits, oracle.cell, oracle.pull), dtype=torch.float64)
     torch.testing.assert_close(gradient, plain, rtol=0, atol=1e-6)
 
 
-def _hold_run(method: Method, recipe: Recipe, oracle: Plain) -> None:
+def _train(method: Method, recipe: Recipe) -> Iterator[Step]:
+    """Yield each step of the run, to be looked at before the recipe remembers it."""
     kept = torch.float32 if method is Method.em_apl else torch.float64  # the type of its table of predictions
     for epoch, steps in enumerate(_run(len(method.views))):
         for step in steps:
-            _hold(recipe, oracle, step)
+            yield step
             if recipe.needs_everyone:
                 recipe.update(_everyone(step, kept), epoch)
-            oracle.end()
         recipe.end_epoch(epoch)
-        oracle.end_epoch(epoch)
+
+
+def _hold_run(method: Method, recipe: Recipe, oracle: Plain) -> None:
+    epoch = 0
+    for step in _train(method, recipe):
+        if step.epoch > epoch:
+            oracle.end_epoch(epoch)
+            epoch = step.epoch
+        _hold(recipe, oracle, step)
+        oracle.end()
 
 
 @pytest.mark.parametrize("method", catalogue.METHODS, ids=lambda method: method.value)
-def test_losses_and_gradients_are_the_sources_when_options_are_the_defaults(method: Method) -> None:
+def test_loss_and_gradient_are_the_sources_when_nothing_is_set(method: Method) -> None:
     recipe = _build(method)
     _hold_run(method, recipe, ORACLES[method](recipe))
 
@@ -165,13 +222,17 @@ def test_unknown_cells_pay_nothing_when_asl_is_told_to_leave_them_out() -> None:
     _hold_run(Method.asl, recipe, Alone(oracles.asl_of_known))
 
 
-@pytest.mark.parametrize("method", [Method.epr, Method.role])
-def test_expected_positives_are_the_options_when_they_are_given(method: Method) -> None:
-    recipe, expected = _build(method, "zoo.expectation.positives=2.5"), ORACLES[method]
-    oracle = expected(recipe)
-    assert isinstance(oracle, oracles.Epr)
-    oracle.expected = 2.5
-    _hold_run(method, recipe, oracle)
+@pytest.mark.parametrize(
+    ("method", "setting"), [(method, setting) for setting, methods in SETTINGS.items() for method in methods.split()]
+)
+def test_loss_is_another_when_an_option_is_set(method: str, setting: str) -> None:
+    usual, other = _build(Method(method)), _build(Method(method), setting)
+    runs = zip(_train(Method(method), usual), _train(Method(method), other), strict=True)
+    inputs = ((step, torch.tensor(step.logits, dtype=torch.float64)) for step, _ in runs)
+    assert any(
+        _loss(usual, step, logits).item() != pytest.approx(_loss(other, step, logits).item(), rel=1e-6)
+        for step, logits in inputs
+    )
 
 
 def test_estimates_start_between_04_and_06_when_nothing_is_known() -> None:
@@ -186,12 +247,13 @@ def test_estimates_start_between_04_and_06_when_nothing_is_known() -> None:
 
 def test_scpnet_counts_the_last_2048_samples_when_it_has_seen_more() -> None:
     recipe, oracle = _build(Method.scpnet), oracles.Scpnet(_RELATION.tolist())
-    step = _run(2)[0][0]
+    step, many = _run(2)[0][0], 1500
     for present in (3, 4):
-        many = 1500
         observed = [[int(place == present) for place in range(C)]] * many
         counted = replace(step, logits=[[-9.0] * C] * many, observed=observed, index=list(range(many)))
         oracle.begin(counted)
         recipe.update(_everyone(counted), 0)
         oracle.end()
-    _hold(recipe, oracle, step)
+    # the threshold of class 3 is the probability of -3.4 with 548 positives in the window, of -3.9 with none
+    weak = [[-4.5 + 0.1 * row if place == 3 else -9.0 for place in range(C)] for row in range(G)]
+    _hold(recipe, oracle, replace(step, logits=weak + step.logits[G:]))
