@@ -18,6 +18,7 @@ from scinet.errors import ConfigError
 from scinet.fusion.bank import Neighbours
 from scinet.fusion.confidence import Confidence, Fusion, conditional_expectation
 from scinet.options import Bandwidth, Combine, CorrelationOptions, CorrelationSource, FusionOptions, Memory
+from scinet_kernels import pearson
 
 C, D, N = 4, 6, 1000
 TEXT = torch.corrcoef(torch.randn(C, 9, generator=torch.Generator().manual_seed(3)))
@@ -164,7 +165,7 @@ def test_probabilities_come_back_when_there_is_no_evidence(
     torch.testing.assert_close(unified, probabilities, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("radius", [2.0, 0.9])
+@pytest.mark.parametrize("radius", [2.0, 1.5])
 @pytest.mark.parametrize("with_bank", [True, False])
 @pytest.mark.parametrize("combine", [Combine.evidence, Combine.pool])
 def test_log_odds_equal_the_loops_when_combined(combine: Combine, radius: float, *, with_bank: bool) -> None:
@@ -470,6 +471,19 @@ def test_memory_is_each_samples_own_when_they_come_in_any_order() -> None:
     expected = raw.clone()
     expected[order] = 0.9 * everyone.confidence[order] + 0.1 * raw[order]
     torch.testing.assert_close(tested.combine(everyone, probabilities, everyone).unified, expected)
+
+
+def test_confidence_reaches_correlation_and_bank_when_they_average_it() -> None:
+    everyone, correlation = _rows(30, 0), CorrelationOptions(source=CorrelationSource.confidence)
+    linear, evidence = _fusion(correlation=correlation, **LINEAR), _fusion(correlation=correlation)
+    for fusion in (linear, evidence):
+        fusion.update(everyone)
+    filled = torch.where(everyone.observed == 0, everyone.confidence, (everyone.observed > 0).float())
+    weights = torch.where(everyone.observed == 0, correlation.unknown_weight, 1.0)
+    expected, _ = pearson(filled.double(), weights=weights.double())
+    torch.testing.assert_close(linear.correlation.shrunk(), expected.float(), atol=1e-5, rtol=0)
+    assert torch.equal(linear.bank.rows().confidence, everyone.confidence)
+    assert evidence.bank.rows().confidence.shape == (30, 0)  # four bytes a cell that nobody would read
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 40])

@@ -73,9 +73,14 @@ def test_known_correlation_is_the_shrunk_pairwise_one_when_it_is_well_conditione
 def test_known_correlation_is_positive_definite_when_the_labels_are_anything(
     num_rows: int, num_classes: int, seed: int, shrinkage: float
 ) -> None:
-    tested = _correlation(num_classes)
-    tested.update(_observed(num_rows, num_classes, seed, unknown=0.7), None)
+    tested, observed = _correlation(num_classes), _observed(num_rows, num_classes, seed, unknown=0.7)
+    tested.update(observed, None)
     matrix = tested.known_correlation(shrinkage).double()
+    rho, count = _pairwise((observed > 0).float(), (observed != 0).float())
+    shrunk = rho * count / np.maximum(count + shrinkage, 1e-12)
+    np.fill_diagonal(shrunk, 1.0)
+    values, vectors = np.linalg.eigh(shrunk)  # a pairwise-complete matrix may have negative ones
+    np.testing.assert_allclose(matrix.numpy(), vectors * np.maximum(values, 0.02) @ vectors.T, atol=1e-5)
     assert matrix.isfinite().all()
     torch.testing.assert_close(matrix, matrix.T, atol=1e-6, rtol=0)
     assert torch.linalg.eigvalsh(matrix).min() > 0.02 - 1e-5
@@ -114,6 +119,33 @@ def test_old_labels_are_forgotten_when_they_change() -> None:
     for _ in range(8):
         tested.update(-torch.ones(50, 1, dtype=torch.int8), None)
     assert tested.positive_rate().item() < 0.05
+
+
+def test_class_lacks_negatives_when_positives_of_it_alone_are_known() -> None:
+    observed = torch.zeros(2000, 5, dtype=torch.int8)
+    observed[:3, 0] = 1
+    observed[:, 1] = torch.where(torch.arange(2000) == 7, -1, 1)  # one negative is enough
+    observed[:, 2] = -1
+    observed[:5, 3] = torch.tensor([1, -1, -1, 1, 1])
+    tested = _correlation(5)
+    assert not tested.lacks_negatives().any()
+    tested.update(observed, None)
+    assert tested.lacks_negatives().tolist() == [True, False, False, False, False]
+    tested = _correlation(5)
+    tested.update(observed.clamp_min(0), None)
+    assert tested.lacks_negatives().all()  # those of which nothing is known, too
+
+
+@pytest.mark.parametrize("batches", [(50, 50), (20, 70, 5)])
+def test_share_is_of_the_samples_that_are_not_forgotten_when_nothing_more_is_known(batches: tuple[int, ...]) -> None:
+    tested, rows, positives = _correlation(2, samples=50), 0.0, 0.0
+    for number, size in enumerate(batches):
+        observed = torch.zeros(size, 2, dtype=torch.int8)
+        observed[: size // 2 if number == 0 else 0] = 1
+        tested.update(observed, None)
+        kept = math.exp(-size / 50)
+        rows, positives = kept * rows + size, kept * positives + int((observed[:, 0] > 0).sum())
+        assert tested.positive_share().tolist() == pytest.approx([positives / rows] * 2, rel=1e-5)
 
 
 def test_rate_is_shrunk_to_the_overall_one_when_a_class_is_seldom_observed() -> None:
