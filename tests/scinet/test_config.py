@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scinet import config
-from scinet.errors import ConfigError
+from scinet.errors import ConfigError, nearest
 from scinet.options import BiDominant, Combine, Memory, Options, Profile, Prometheus
+from tests.scinet.options_in_words import in_words
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = settings(deadline=None, max_examples=25)
@@ -292,11 +293,65 @@ def test_one_positive_can_be_known_when_few_classes_are_annotated() -> None:
     config.load(None, ["data.single_positive=true", "data.annotated_classes=0.5"])
 
 
-@pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
-def test_deepspeed_key_is_refused_when_it_is_derived(key: str) -> None:
-    message = _refusal(None, f"deepspeed.{key}=8")
-    assert f"'deepspeed.{key}'" in message
-    assert "train.global_batch_size" in message
+@pytest.mark.parametrize(
+    ("keys", "instead"),
+    [
+        (
+            ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+            "'train.global_batch_size' and 'train.accumulation_steps'",
+        ),
+        (("bf16", "fp16", "amp", "torch_autocast", "data_types"), "'train.precision'"),
+        (("optimizer", "scheduler", "gradient_clipping"), "the 'optimizer' section"),
+    ],
+)
+def test_deepspeed_key_is_refused_when_it_is_derived(keys: tuple[str, ...], instead: str) -> None:
+    for key in keys:
+        assert _refusal(None, f"deepspeed.{key}=8") == f"'deepspeed.{key}' is derived: set {instead}"
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("baseline=", ""),
+        ("model.context=", ""),
+        ("name=7", "7"),
+        ("data.prepare=a=b", "a=b"),
+        ("data.path='a: b'", "a: b"),
+    ],
+)
+def test_text_is_taken_as_it_is_typed(override: str, shown: str) -> None:
+    value: object = config.load(None, ["model.bi_dominant=none", override])
+    for part in override.partition("=")[0].split("."):
+        value = getattr(value, part)
+    assert value == shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.mask_file=m.jsonl", "data.single_positive=true"], "'data.single_positive' makes a mask"),
+        (["method=zero_shot", "train.test_at_end=false"], "leaves 'method=zero_shot' nothing to do"),
+        (["name="], "'name' is ''"),
+        (["name=../x"], "'name' is '../x'"),
+    ],
+)
+def test_relation_is_said_when_it_is_broken(overrides: list[str], said: str) -> None:
+    assert said in _refusal(None, *overrides)
+    for override in overrides if len(overrides) > 1 else ():
+        config.load(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "said"),
+    [
+        ("kye", ["zebra", "keys.other", "key"], "; did you mean 'key'?"),
+        ("KEY", ["keys", "key"], "; did you mean 'key'?"),
+        ("key", ["key", "keys"], "; did you mean 'keys'?"),  # what was typed is no help
+        ("entirely", ["other", "words"], ""),
+    ],
+)
+def test_nearest_spelling_is_the_one_with_the_fewest_changes(word: str, known: list[str], said: str) -> None:
+    assert nearest(word, known) == said
 
 
 def test_deepspeed_section_passes_through_when_given(tmp_path: Path) -> None:
@@ -400,6 +455,11 @@ def test_enum_is_taken_by_its_value_when_written_in_a_file(tmp_path: Path) -> No
 def test_every_option_is_described_and_in_range_when_left_alone() -> None:
     for key, item, _ in config.fields():
         assert item.metadata["description"], key
+
+
+def test_defaults_and_bounds_are_those_written_down() -> None:
+    # results, published configurations and comparisons rest on each of them: a change is to be seen in a diff
+    assert in_words(Options) == (Path(__file__).parent / "options.txt").read_text().splitlines()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from scinet import rundir
-from scinet.errors import ConfigError
+from scinet import config, rundir
+from scinet.errors import CheckpointError, ConfigError
 from scinet.options import Options
 
 _HOLDER = """
@@ -44,3 +45,103 @@ def test_nothing_is_left_when_a_run_never_started(run: rundir.RunDirectory) -> N
     with rundir.locked(run):
         rundir.discard_if_never_started(run)
     assert not run.path.exists()
+
+
+def _begun(tmp_path: Path, *overrides: str) -> rundir.RunDirectory:
+    """The directory of a run that has begun."""
+    options = config.load(None, [f"output={tmp_path}", *overrides])
+    run = rundir.create(options)
+    rundir.describe(run, options, weights_sha256="w", card_sha256="c", world_size=2)
+    return run
+
+
+def _again(run: rundir.RunDirectory, *overrides: str) -> rundir.RunDirectory:
+    return rundir.create(config.load(None, [f"output={run.path.parent}", *overrides]))
+
+
+def test_run_is_never_begun_over_another(tmp_path: Path) -> None:
+    run = _begun(tmp_path)
+    with pytest.raises(ConfigError, match="holds an unfinished run: --resume auto goes on with it"):
+        _again(run)
+    run.evaluation.write_text("{}")
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        _again(run)
+    assert _again(run, "resume=true") == run
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is no run of scinet"):
+        _again(run, "name=strange")
+
+
+def test_run_goes_on_with_what_changes_no_number_and_with_nothing_else(tmp_path: Path) -> None:
+    # what decides where bytes come from, when they are kept and who is told
+    free = {"resume", "output", "baseline"}
+    free |= {f"data.{key}" for key in ("prepare", "workers", "cache_dir", "timeout_s", "retries", "cache_shards")}
+    free |= {"data.allow_pipe", "train.collective_timeout_s", "train.hang_timeout_s"}
+    free |= {"train.on_bad_numbers", "train.max_bad_steps"}
+    keys = [key for key, _, _ in config.fields()]
+    free |= {key for key in keys if key.startswith(("checkpoint.", "telemetry."))}
+    assert free == rundir.FREE_ON_RESUME
+    assert free <= set(keys)
+    run = _begun(tmp_path, "data.known_ratio=0.3")
+    for words in ("data.workers=2", "checkpoint.keep_last=5", "train.on_bad_numbers=skip", "telemetry.port=9100"):
+        assert _again(run, "resume=true", words) == run
+    for words, was in (
+        ("data.known_ratio=0.5", "data.known_ratio=0.3, now it is 0.5"),
+        ("seed=1", "seed=0, now it is 1"),
+        ("method=bce", "method=scinet, now it is bce"),
+        ("deepspeed.zero_optimization.stage=1", "deepspeed={}"),
+        ("train.accumulation_steps=2", "train.accumulation_steps=1"),
+    ):
+        with pytest.raises(ConfigError, match=f"was started with {was}"):
+            _again(run, "resume=true", words)
+
+
+def test_run_is_found_with_its_configuration_or_the_nearest_named(tmp_path: Path) -> None:
+    run = _begun(tmp_path, "seed=7", "name=mine")
+    found, options = rundir.find(run.path)
+    assert (found, options.seed) == (run, 7)
+    with pytest.raises(CheckpointError, match=r"has no config.yaml; did you mean '.*mine'"):
+        rundir.find(tmp_path / "mien")
+    with pytest.raises(CheckpointError, match="is not finished"):
+        rundir.read_evaluation(run)
+    run.evaluation.write_text('{"a": 1}')
+    assert rundir.read_evaluation(run) == {"a": 1}
+
+
+def test_file_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, done = tmp_path / "it.json", []
+    path.write_text("old")
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        done.append(("flush", Path(os.readlink(f"/proc/self/fd/{handle}")).name, path.read_text()))
+        fsync(handle)
+
+    def renamed(one: Path, other: Path) -> None:
+        done.append(("rename", Path(one).read_text(), path.read_text()))
+        replace(one, other)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    rundir.write_text(path, "new")
+    assert done == [("flush", ".it.json.part", "old"), ("rename", "new", "old")]
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["it.json"]
+
+
+def test_old_file_stays_and_no_half_one_when_it_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "it.json"
+    path.write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left.*it\.json"):
+        rundir.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["it.json"]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from scinet import trainer as trainer_module
 from scinet.data.batch import Batch
@@ -38,38 +42,82 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "missing"),
+    ("step", "overrides", "missing"),
     [
-        ((), ()),
-        (("train.accumulation_steps=2",), ()),
-        ((LAST,), ()),
-        ((LAST, *SKIP), MISSING),
-        (("correlation.source=text", "fusion.combine=evidence"), ()),
-        (("profile=release", "model.bi_dominant=none"), ()),
-        (("method=bce",), ()),
+        (1, (), ()),
+        (4, (), ()),
+        (6, (), ()),
+        (5, ("train.accumulation_steps=2",), ()),
+        (5, (LAST,), ()),
+        (7, (LAST, *SKIP), MISSING),
+        (6, ("correlation.source=text", "fusion.combine=evidence"), ()),
+        (6, ("profile=release", "model.bi_dominant=none"), ()),
+        (6, ("method=bce",), ()),
     ],
-    ids=["default", "accumulated", "short last batch", "gaps", "evidence", "release", "baseline"],
+    ids=["first", "end of epoch", "default", "accumulated", "short last batch", "gaps", "evidence", "release", "bce"],
 )
-@pytest.mark.parametrize("step", [1, 4, 6])
 def test_training_goes_on_bit_for_bit_when_it_was_broken_off(
-    ranks: Ranks, overrides: tuple[str, ...], missing: tuple[int, ...], step: int
+    ranks: Ranks, step: int, overrides: tuple[str, ...], missing: tuple[int, ...]
 ) -> None:
     whole, rows = begin(ranks, *overrides, missing=missing)
-    train_to(whole, step)
-    kept = taken(whole.state())
-    num_rows = len(rows.rows)
-    train_to(whole, whole.total_steps)
+    kept: list[tuple[dict[str, Tensor], str]] = []
+
+    def keep() -> None:
+        if whole.progress.step == step:
+            kept.append(taken(whole.state()))
+
+    train_to(whole, whole.total_steps, keep)
     # a trainer with a past of its own: what the state lacks would stay as it is
     again, others = begin(ranks, *overrides, missing=missing)
     train_to(again, 3)
     num_others = len(others.rows)
-    go_back(again, *kept)
+    go_back(again, *kept[0])
     assert again.progress.step == step
     train_to(again, again.total_steps)
     (tensors, scalars), (its_tensors, its_scalars) = taken(whole.state()), taken(again.state())
     assert changed(tensors, its_tensors) == []
     assert scalars == its_scalars
-    assert timeless(rows.rows[num_rows:]) == timeless(others.rows[num_others:])
+    assert timeless([row for row in rows.rows if row["step"] > step]) == timeless(others.rows[num_others:])
+
+
+def test_state_stays_as_it_was_when_training_goes_on(ranks: Ranks) -> None:
+    trainer, _ = begin(ranks)
+    train_to(trainer, 2)
+    state = trainer.state()
+    before = json.dumps(state.scalars)
+    train_to(trainer, 3)  # while a thread writes the state
+    assert json.dumps(state.scalars) == before
+
+
+class _Heard:
+    """An aim that keeps by how many samples losses are divided, and which steps it is told to have gaps."""
+
+    def __init__(self, aim: Any) -> None:
+        self._aim = aim
+        self.sizes: list[float] = []
+        self.gaps: list[bool] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._aim, name)
+
+    def look(self, *arguments: Any, has_gaps: bool) -> Any:
+        self.gaps.append(has_gaps)
+        return self._aim.look(*arguments, has_gaps=has_gaps)
+
+    def __call__(self, student: Any, batch: Batch, phase: Any, size: float, look: Any, place: int) -> Step:
+        self.sizes.append(size)
+        step: Step = self._aim(student, batch, phase, size, look, place)
+        return step
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_losses_are_divided_by_the_samples_that_are_there(ranks: Ranks, accumulation: int) -> None:
+    trainer, _ = begin(ranks, LAST, f"train.accumulation_steps={accumulation}")
+    heard = _Heard(trainer._aim)
+    trainer._aim = heard  # type: ignore[assignment]
+    train_to(trainer, 5)
+    assert heard.sizes == [6 / accumulation] * 4 * accumulation + [5 / accumulation] * accumulation
+    assert heard.gaps == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("method", ["scinet", "bce"])
@@ -252,6 +300,31 @@ def test_samples_that_could_not_be_read_are_counted_and_end_the_run_when_too_man
         train_to(strict, 5)
 
 
+def test_row_after_an_epochs_end_begins_with_the_epoch(ranks: Ranks) -> None:
+    # between the two lies an evaluation, whose time is none of the training's
+    trainer, log = begin(ranks, "train.log_every_steps=3", kind=_Told)
+    assert isinstance(trainer, _Told)
+    train_to(trainer, 6)
+    losses = [float(step.loss.detach()) for step in trainer.steps]
+    assert [row["step"] for row in log.rows] == [3, 6]
+    assert log.rows[0]["loss/total"] == pytest.approx(sum(losses[:3]) / 3)
+    assert log.rows[1]["loss/total"] == pytest.approx(sum(losses[4:6]) / 2)
+
+
+def test_time_of_a_step_is_without_that_for_its_checkpoint(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    later_s = [0.0]
+
+    def save() -> None:
+        later_s[0] += 1000.0
+
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later_s[0]))
+    watcher = _Watcher()
+    trainer, _ = begin(ranks, observer=watcher)
+    trainer.train_epoch(save)
+    assert len(watcher.seconds) == STEPS_PER_EPOCH
+    assert max(watcher.seconds) < 1000
+
+
 def test_rows_are_written_every_so_many_steps_with_the_means_since_the_last(ranks: Ranks) -> None:
     trainer, log = begin(ranks, "train.log_every_steps=2", kind=_Told)
     assert isinstance(trainer, _Told)
@@ -301,10 +374,12 @@ def _spoilt(
     return trainer, log
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_step_with_bad_numbers_changes_nothing_but_the_place_in_the_run(
-    ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ranks: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture, accumulation: int
 ) -> None:
-    trainer, log = _spoilt(ranks, tmp_path, "train.log_every_steps=1", spoilt=(2, 6), empty=(7,))
+    words = ("train.log_every_steps=1", f"train.accumulation_steps={accumulation}")
+    trainer, log = _spoilt(ranks, tmp_path, *words, spoilt=(2, 6), empty=(7,))
     with caplog.at_level(logging.WARNING, logger="scinet"):
         train_to(trainer, 9)
     assert trainer.changed[2] == trainer.changed[6] == trainer.changed[7] == []
@@ -320,8 +395,9 @@ def test_step_with_bad_numbers_changes_nothing_but_the_place_in_the_run(
         in caplog.text
     )
     assert "step 7 is left out: none of its samples can be read" in caplog.text
-    (path,) = tmp_path.glob("run/bad-numbers/step-2-*")
-    assert path.name == "step-2-rank-0-part-0.safetensors"
+    paths = sorted(tmp_path.glob("run/bad-numbers/step-2-*"))
+    assert [path.name for path in paths] == [f"step-2-rank-0-part-{part}.safetensors" for part in range(accumulation)]
+    path = paths[0]
     with safe_open(str(path), framework="pt") as file:
         assert file.metadata()["where"] == "in the teacher's output"
         assert file.get_tensor("inputs").isnan().all()
@@ -415,7 +491,12 @@ def test_scores_are_those_of_the_network_that_is_asked_for(ranks: Ranks) -> None
             expected = torch.sigmoid(network(plain.plain).logits)
         torch.testing.assert_close(scores.probabilities, expected)
         assert torch.equal(scores.truth, plain.truth)
-    assert not torch.allclose(*(trainer.score("holdout", use_teacher=who).probabilities for who in (True, False)))
+    modes: list[bool] = []
+    networks[False].register_forward_hook(lambda network, *_: modes.append(network.training))
+    train_to(trainer, 6)
+    student, teacher = (trainer.score("holdout", use_teacher=who).probabilities for who in (False, True))
+    assert not torch.allclose(student, teacher)
+    assert modes == [True, False], "a step trains, a score does not"
 
 
 def test_weights_that_are_kept_are_whole_and_those_of_their_network(ranks: Ranks) -> None:

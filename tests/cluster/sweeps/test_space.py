@@ -11,6 +11,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from scinet import config
 from scinet.errors import ConfigError
 from scinet_cluster.sweeps import options, space
+from scinet_cluster.sweeps.options import SweepOptions
+from tests.scinet.options_in_words import in_words
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -79,3 +81,7 @@ def test_trials_never_open_the_test_split() -> None:
     assert not sweep.base.train.test_at_end
     assert sweep.base.train.epochs == 3
     assert not sweep.base.baseline
+
+
+def test_defaults_and_bounds_of_a_sweep_are_those_written_down() -> None:
+    assert in_words(SweepOptions) == (Path(__file__).parent / "options.txt").read_text().splitlines()

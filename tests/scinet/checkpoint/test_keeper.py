@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from scinet.checkpoint import files
 from scinet.checkpoint.keeper import Keeper
 from scinet.distributed import Ranks, initialise
 from scinet.errors import CheckpointError
@@ -20,6 +22,7 @@ from scinet.layout import whole
 from scinet.notes import Notes
 from scinet.options import CheckpointOptions
 from scinet.rundir import RunDirectory
+from scinet.telemetry.observer import Observer
 from scinet.trainer import State
 
 
@@ -162,3 +165,113 @@ def test_previous_stays_when_a_file_cannot_be_written(
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest.json", "step-0000000001"]
     _save(keeper, Counter(10), 3)
     assert _steps(tmp_path) == [1, 3]
+
+
+def test_checkpoint_is_on_the_disk_before_it_has_its_name_and_old_ones_go_last(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, counter = _keeper(tmp_path, ranks, keep_last=1), Counter()
+    _save(keeper, counter, 1)
+    done: list[str] = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+
+    def flushed(handle: int) -> None:
+        done.append(f"flush {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        fsync(handle)
+
+    def renamed(one: Path, other: Path) -> None:
+        done.append(f"rename {Path(one).name} {Path(other).name}")
+        replace(one, other)
+
+    def removed(folder: Path, **named: Any) -> None:
+        done.append(f"remove {Path(folder).name}")
+        rmtree(folder, **named)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    _save(keeper, counter, 2)
+    old, new = "step-0000000001", "step-0000000002"
+    assert [line for line in done if line != f"remove .{new}.old"] == [
+        "flush part-00000-of-00001.safetensors",
+        "flush manifest.json",
+        f"flush .{new}.part",
+        f"rename .{new}.part {new}",
+        "flush checkpoints",
+        "flush .latest.json.part",
+        "rename .latest.json.part latest.json",
+        f"remove {old}",
+    ]
+
+
+def test_training_goes_on_while_a_copy_of_its_state_is_written(tmp_path: Path, ranks: Ranks) -> None:
+    keeper, counter = _keeper(tmp_path, ranks), Counter()
+    keeper.save(counter.go(5))
+    counter.go(6)  # before the file is written, perhaps
+    keeper.wait()
+    assert _loaded(tmp_path, ranks) == (5, [])
+
+
+def test_state_that_lacks_a_tensor_or_a_count_is_refused(tmp_path: Path, ranks: Ranks) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(), 1)
+
+    class Richer(Counter):
+        def state(self) -> State:
+            plain = super().state()
+            return State([*plain.parts, whole("bias", torch.zeros(3))], plain.scalars, plain.settle)
+
+    with pytest.raises(CheckpointError, match=r"not made by this configuration .*'bias' has 0 of 3 elements"):
+        _keeper(tmp_path, ranks).load(Richer(), print)  # type: ignore[arg-type]
+
+    class Pickier(Counter):
+        def state(self) -> State:
+            plain = super().state()
+            return State(plain.parts, plain.scalars, lambda saved: saved["updates"])
+
+    with pytest.raises(CheckpointError, match=r"not made by this configuration .*KeyError: 'updates'"):
+        _keeper(tmp_path, ranks).load(Pickier(), print)  # type: ignore[arg-type]
+
+
+def test_best_are_those_that_were_judged_and_of_equals_the_newest_stays(tmp_path: Path, ranks: Ranks) -> None:
+    keeper, counter = _keeper(tmp_path, ranks, keep_last=1, keep_best=1), Counter()
+    for step, holdout_map in ((1, 50.0), (2, 50.0), (3, 40.0), (4, None)):
+        keeper.save(counter.go(step, holdout_map))
+    keeper.wait()
+    assert _steps(tmp_path) == [2, 4]
+
+
+def test_observer_is_told_of_what_was_written_and_what_was_not(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+
+    class Told(Observer):
+        def checkpoint(self, seconds: float, *, is_written: bool) -> None:
+            assert seconds >= 0
+            told.append(is_written)
+
+    (tmp_path / "checkpoints").mkdir()
+    keeper = Keeper(
+        RunDirectory(tmp_path), CheckpointOptions(), ranks, patience_s=5, notes=Notes(ranks), observer=Told()
+    )
+    _save(keeper, Counter(), 1)
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "flush_folder", full)
+    _save(keeper, Counter(), 2)
+    assert told == [True, False]
+    assert _steps(tmp_path) == [1]
+
+
+def test_ranks_that_do_not_finish_their_part_leave_the_previous_one(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    _save(_keeper(tmp_path, ranks), Counter(), 1)
+    two = Ranks(0, 2, ranks.device)
+    keeper = Keeper(RunDirectory(tmp_path), CheckpointOptions(), two, patience_s=0.1, notes=Notes(ranks))
+    with caplog.at_level(logging.WARNING, logger="scinet"):
+        _save(keeper, Counter(), 2)
+    assert "rank 1 did not finish its part in 0.1 s" in caplog.text
+    assert _steps(tmp_path) == [1]

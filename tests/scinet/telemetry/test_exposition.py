@@ -111,6 +111,86 @@ def test_figures_of_the_run_are_those_of_its_rows_and_standing() -> None:
     assert parts == {"total", "supervised"}
 
 
+# what the dashboard, the alerts and `scinet top` ask for: type and labels by name
+FAMILIES = {
+    "scinet_build_info": ("gauge", "deepspeed python revision torch version"),
+    "scinet_run_info": ("gauge", "method profile run"),
+    "scinet_world_size": ("gauge", ""),
+    "scinet_train_samples_total": ("counter", ""),
+    "scinet_train_steps_total": ("counter", ""),
+    "scinet_train_planned_steps": ("gauge", ""),
+    "scinet_train_epoch": ("gauge", ""),
+    "scinet_train_skipped_samples_total": ("counter", ""),
+    "scinet_train_bad_steps_total": ("counter", ""),
+    "scinet_train_loss": ("gauge", "part"),
+    "scinet_train_learning_rate": ("gauge", ""),
+    "scinet_train_gradient_norm": ("gauge", ""),
+    "scinet_train_known_ratio": ("gauge", ""),
+    "scinet_train_pseudo_label_precision_ratio": ("gauge", ""),
+    "scinet_train_pseudo_label_recall_ratio": ("gauge", ""),
+    "scinet_train_pseudo_labels_total": ("counter", ""),
+    "scinet_holdout_mean_average_precision_ratio": ("gauge", "network"),
+    "scinet_holdout_best_mean_average_precision_ratio": ("gauge", ""),
+    "scinet_checkpoint_duration_seconds_count": ("summary", ""),
+    "scinet_checkpoint_duration_seconds_sum": ("summary", ""),
+    "scinet_checkpoint_last_timestamp_seconds": ("gauge", ""),
+    "scinet_checkpoint_stall_seconds_total": ("counter", ""),
+    "scinet_checkpoint_failures_total": ("counter", ""),
+    "scinet_step_duration_seconds_bucket": ("histogram", "le rank"),
+    "scinet_step_duration_seconds_count": ("histogram", "rank"),
+    "scinet_step_duration_seconds_sum": ("histogram", "rank"),
+    "scinet_data_wait_seconds_bucket": ("histogram", "le rank"),
+    "scinet_data_wait_seconds_count": ("histogram", "rank"),
+    "scinet_data_wait_seconds_sum": ("histogram", "rank"),
+    "scinet_fusion_duration_seconds_count": ("summary", "rank"),
+    "scinet_fusion_duration_seconds_sum": ("summary", "rank"),
+    "scinet_rank_steps_total": ("counter", "rank"),
+    "scinet_data_retries_total": ("counter", "rank"),
+    "scinet_process_resident_memory_bytes": ("gauge", "rank"),
+}
+
+
+def test_names_types_and_labels_are_those_that_are_asked_for() -> None:
+    figures = _ranks(0, [[1.0]], "run")
+    figures.write({**ROW, "gradient_norm": 1.0, "pseudo_recall": 0.25})  # type: ignore[attr-defined]
+    found = {
+        sample.name: (family.type, " ".join(sorted(sample.labels)))
+        for family in text_string_to_metric_families(render(figures.registry.collect()))
+        for sample in family.samples
+    }
+    assert found == FAMILIES
+
+
+def test_times_of_a_step_go_to_their_own_families() -> None:
+    found = _samples(render(_ranks(0, [[0.04, 8.0]], "run").registry.collect()))
+    sums = {name: value for (name, _), value in found.items() if name.endswith("_sum")}
+    assert sums["scinet_step_duration_seconds_sum"] == pytest.approx(8.04)
+    assert sums["scinet_data_wait_seconds_sum"] == pytest.approx(0.804)
+    assert sums["scinet_fusion_duration_seconds_sum"] == pytest.approx(4.02)
+    plain = {name: value for (name, labels), value in found.items() if not labels}
+    assert (plain["scinet_train_steps_total"], plain["scinet_train_epoch"], plain["scinet_world_size"]) == (7, 1, 1)
+    assert plain["scinet_train_learning_rate"] == 1e-4
+    assert plain["scinet_train_known_ratio"] == 0.3
+    counts = {
+        dict(labels)["le"]: value
+        for (name, labels), value in found.items()
+        if name.endswith("step_duration_seconds_bucket")
+    }
+    assert (counts["0.025"], counts["0.05"], counts["5.0"], counts["10.0"]) == (0, 1, 1, 2)
+
+
+def test_pseudo_labels_are_counted_on_and_other_rows_replaced() -> None:
+    figures = _ranks(0, [[1.0]], "run")
+    assert isinstance(figures, RunFigures)
+    figures.write({"step": 8, "loss/total": 0.5, "pseudo_positives": 6.0})
+    found = _samples(render(figures.registry.collect()))
+    plain = {name: value for (name, labels), value in found.items() if not labels}
+    assert plain["scinet_train_pseudo_labels_total"] == 10
+    assert "scinet_train_learning_rate" not in plain
+    losses = {dict(labels)["part"]: value for (name, labels), value in found.items() if name == "scinet_train_loss"}
+    assert losses == {"total": 0.5}
+
+
 def test_promtool_has_nothing_to_say_of_all_figures_there_are() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
