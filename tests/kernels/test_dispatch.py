@@ -33,6 +33,31 @@ def test_auto_takes_triton_when_the_gpu_has_tiles_and_enough_rows(caplog: pytest
     assert all(record.levelno == logging.DEBUG for record in caplog.records)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "rows", "fits", "taken"),
+    [
+        (torch.float32, "cuda", 2048, True, "triton"),
+        (torch.float32, "cuda", 2047, True, "cpu"),
+        (torch.bfloat16, "cuda", 9999, False, "cpu"),
+        (torch.float32, "cpu", 9999, True, "cpu"),
+        (torch.float64, "cuda", 9999, True, "reference"),
+    ],
+)
+def test_auto_is_told_by_the_shape_alone(dtype: torch.dtype, device: str, rows: int, fits: bool, taken: str) -> None:
+    assert dispatch.automatic(dtype, torch.device(device), rows=rows, fits_triton=fits) == taken
+
+
+def test_keys_go_round_when_all_ranks_rows_take_over_a_gibibyte_and_no_rank_must_see_them_all() -> None:
+    def goes_round(chosen: str, num_bytes: int, has_neighbours: bool = False) -> bool:
+        return dispatch.goes_round("gaussian_propagate", chosen, num_bytes, has_neighbours=has_neighbours)
+
+    assert not goes_round("cpu", 2**30)
+    assert goes_round("cpu", 2**30 + 1)
+    assert goes_round("triton", 2**30 + 1)
+    assert not goes_round("reference", 2**30 + 1)
+    assert not goes_round("cpu", 2**30 + 1, has_neighbours=True)
+
+
 @pytest.mark.parametrize("gpu", [(7, 5)], indirect=True)
 @pytest.mark.usefixtures("gpu")
 def test_an_old_gpu_is_named_once_and_torch_does_the_work(caplog: pytest.LogCaptureFixture) -> None:

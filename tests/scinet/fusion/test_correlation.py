@@ -215,7 +215,10 @@ def test_batches_can_be_cut_anywhere_when_nothing_is_forgotten() -> None:
 
 @pytest.mark.parametrize("needs_confidence", [True, False])
 def test_correlation_goes_on_equally_when_its_state_was_saved(*, needs_confidence: bool) -> None:
-    first, second = (_correlation(3, samples=50, needs_confidence=needs_confidence) for _ in range(2))
+    first, second = (
+        _correlation(3, samples=50, needs_confidence=needs_confidence, text=torch.full((3, 3), share).fill_diagonal_(1))
+        for share in (0.3, -0.2)  # the prior is part of the state: another processor's text tower gives other digits
+    )
     confidence = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
     first.update(_observed(40, 3), confidence)
     second.update(_observed(40, 3, seed=8), confidence)
@@ -224,4 +227,5 @@ def test_correlation_goes_on_equally_when_its_state_was_saved(*, needs_confidenc
         tested.update(_observed(40, 3, seed=2), confidence)
     assert torch.equal(first.known_correlation(9.0), second.known_correlation(9.0))
     assert torch.equal(first.positive_rate(), second.positive_rate())
+    assert torch.equal(first.positive_share(), second.positive_share())
     assert torch.equal(first.shrunk(), second.shrunk())

@@ -83,6 +83,17 @@ def test_pseudo_labels_equal_the_plain_loop_when_drawn_at_random(num_classes: in
     assert labels.dtype == torch.float32
 
 
+def test_class_passes_when_its_probability_is_the_threshold_itself() -> None:
+    tested = DynamicThresholds(3, hard_k=3, window=8, device=CPU)
+    tested.update(torch.tensor([[True, False, False]]).expand(5, 3))
+    exact = tested.thresholds()[None]
+    _, confident, pseudo = tested.pseudo_labels(exact, torch.zeros(1, 3, dtype=torch.int8))
+    assert pseudo.all()
+    assert confident.all()
+    below = torch.nextafter(exact, torch.zeros(()))
+    assert not tested.pseudo_labels(below, torch.zeros(1, 3, dtype=torch.int8))[2].any()
+
+
 def test_known_cells_override_when_the_teacher_disagrees() -> None:
     tested = DynamicThresholds(3, hard_k=3, window=4, device=CPU)
     probabilities = torch.tensor([[0.99, 0.01, 0.99]])

@@ -97,6 +97,21 @@ def test_every_layer_gets_a_gradient_when_the_last_has_moved() -> None:
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in layer.parameters())
 
 
+def test_text_is_informed_as_by_the_plain_loop_when_all_layers_have_moved() -> None:
+    layer = LabelGraph(4).double()
+    _move_last(layer)
+    text = torch.randn(3, 4, dtype=torch.float64)
+    graph = torch.tensor([[0.8, 0.15, 0.05], [0.0, 0.8, 0.2], [0.1, 0.0, 0.8]], dtype=torch.float64)
+    weights = [weight.detach() for weight in layer.parameters()]
+    assert [tuple(weight.shape) for weight in weights] == [(8, 4), (8, 8), (4, 8)]
+    rows = list(text)
+    for number, weight in enumerate(weights):
+        rows = [sum(graph[a, b] * (weight @ rows[b]) for b in range(3)) for a in range(3)]
+        if number < 2:
+            rows = [torch.where(row > 0, row, 0.2 * row) for row in rows]
+    torch.testing.assert_close(layer(text, graph).detach(), text + torch.stack(rows))
+
+
 def test_classes_stay_apart_when_the_graph_has_no_edge() -> None:
     layer = LabelGraph(8)
     _move_last(layer)
