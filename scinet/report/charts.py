@@ -1,40 +1,32 @@
-"""Charts of the report page as SVG documents; matplotlib is imported when the first one is drawn.
+"""Charts of a run's page.
 
-Legend: N images, C classes. Every function returns the bytes of one SVG, or None where there is nothing to draw. Text
-stays text (the reader's fonts draw it, names in any script stay legible); names come from strangers, so they pass
-through `chart_label` and are never read as mathematical markup.
+Legend: N images, C classes. Every function returns a drawing of `scinet.report.svg`, or None where there is nothing to
+draw.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from scinet.evaluation.metrics import precision_recall_curve
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from scinet.report.rendering import COLOURS, chart_label
+from scinet.report.svg import INK, MARKERS, Look, Plot, heat_map, look, scale
 
 _MAX_POINTS = 400
 """Points a curve keeps: more than a chart has pixels to show, few enough to keep the page small."""
+_MAX_MARKED = 30  # points of a curve, beyond which markers would hide it
+_SPACING = 0.2  # of markers along a precision-recall curve
 
-# Okabe and Ito's palette, told apart by colour-blind readers; the line styles tell the curves apart without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1)))
-
-
-def chart_label(name: str, *, limit: int = 26) -> str:
-    """Return `name` in at most `limit` characters, without those that XML forbids or that do not print."""
-    printable = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
-    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+# ColorBrewer's "RdBu", from blue to red
+_DIVERGING = (
+    *("#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7"),
+    *("#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"),
+)
 
 
 def series(history: Sequence[dict[str, Any]], key: str) -> tuple[str, np.ndarray, np.ndarray]:
@@ -54,7 +46,7 @@ def series(history: Sequence[dict[str, Any]], key: str) -> tuple[str, np.ndarray
     return ("samples seen" if axis == "samples_seen" else "steps"), both[:, 0], both[:, 1]
 
 
-def line_chart(history: Sequence[dict[str, Any]], keys: dict[str, str], *, mark_best: bool = False) -> bytes | None:
+def line_chart(history: Sequence[dict[str, Any]], keys: dict[str, str], *, mark_best: bool = False) -> str | None:
     """Draw metrics of the history over the samples seen.
 
     Args:
@@ -66,24 +58,23 @@ def line_chart(history: Sequence[dict[str, Any]], keys: dict[str, str], *, mark_
     curves = {label: curve for label, curve in curves.items() if len(curve[1])}
     if not curves:
         return None
-    with drawing(5.6, 3.1) as (figure, axes):
-        for index, (label, (axis, x, y)) in enumerate(curves.items()):
-            x, y = _thin(x, y)
-            axes.plot(x, y, label=label, marker="o" if len(x) < 30 else "", markersize=3.5, **_look(index))
-            axes.set_xlabel(axis)
-            if mark_best and index == 0:
-                _mark_highest(axes, x, y)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.locator_params(axis="x", nbins=6)
-        if len(keys) > 1:
-            axes.legend(frameon=False)
-        axes.margins(y=0.12)
-        return to_svg(figure)
+    thinned = {label: _thin(x, y) for label, (_, x, y) in curves.items()}
+    axis, x, y = next(iter(curves.values()))
+    best = int(y.argmax())
+    positions, values = np.concatenate([np.stack(curve) for curve in thinned.values()], axis=1)
+    if mark_best:
+        values = np.append(values, y[best])  # which averaging may have lowered
+    plot = Plot(540, 300, scale(positions, axis, num_steps=5, is_whole=True), scale(values, margin=0.12))
+    for index, (label, points) in enumerate(thinned.items()):
+        plot.curve(*points, look(index, is_marked=len(points[0]) < _MAX_MARKED), label if len(keys) > 1 else "")
+    if mark_best:
+        plot.ring(x[best], y[best], f"best {y[best]:.2f}")
+    return plot.drawing()
 
 
 def precision_recall_chart(
     scores: np.ndarray, truth: np.ndarray, class_names: Sequence[str], average_precision: Sequence[float | None]
-) -> bytes | None:
+) -> str | None:
     """Draw precision over recall: all known cells together, the three best classes and the three worst.
 
     Args:
@@ -97,24 +88,18 @@ def precision_recall_chart(
     if not ranked or not (truth == 1).any():
         return None
     best, worst = ranked[:3], ranked[3:][-3:]
-    # The legend stands below the curves: seven class names find no free place inside the square.
-    with drawing(5.6, 5.6) as (figure, axes):
-        all_scores, all_truth = torch.from_numpy(scores.reshape(-1)), torch.from_numpy(truth.reshape(-1))
-        _step_curve(axes, all_scores, all_truth, "all cells (micro)", color="#000000", linewidth=2.2)
-        for place, (value, index) in enumerate([*best, *worst]):
-            label = f"{chart_label(class_names[index])}, AP {value:.1f}"
-            column_scores = torch.from_numpy(np.ascontiguousarray(scores[:, index]))
-            column_truth = torch.from_numpy(np.ascontiguousarray(truth[:, index]))
-            look = {"color": COLOURS[place], "linestyle": "-", "marker": "os^"[place % 3]}
-            if place >= len(best):
-                look |= {"linestyle": "--", "markerfacecolor": "white"}
-            _step_curve(axes, column_scores, column_truth, label, markevery=0.12, markersize=4.5, **look)
-        axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="recall", ylabel="precision")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
-        return to_svg(figure)
+    shares = np.linspace(0, 1, 6)
+    plot = Plot(540, 440, scale(shares, "recall", margin=0), scale(shares, "precision", margin=0))
+    _step_curve(plot, scores, truth, "all cells (micro)", Look(INK, width=3))
+    for place, (value, index) in enumerate([*best, *worst]):
+        is_worst = place >= len(best)
+        own = Look(COLOURS[place], "7 3" if is_worst else "", MARKERS[place % 3], is_open=is_worst, width=1.8)
+        name = f"{chart_label(class_names[index])}, AP {value:.1f}"
+        _step_curve(plot, scores[:, index], truth[:, index], name, own)
+    return plot.drawing()
 
 
-def correlation_chart(correlation: np.ndarray, class_names: Sequence[str]) -> bytes | None:
+def correlation_chart(correlation: np.ndarray, class_names: Sequence[str]) -> str | None:
     """Draw a label correlation matrix with every class named on both axes; it grows with the number of classes.
 
     Args:
@@ -126,53 +111,20 @@ def correlation_chart(correlation: np.ndarray, class_names: Sequence[str]) -> by
     off_diagonal = np.abs(correlation[~np.eye(len(class_names), dtype=bool)])
     finite = off_diagonal[np.isfinite(off_diagonal)]
     limit = max(float(finite.max(initial=0.0)), 1e-3)
-    return matrix_chart(correlation, class_names, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    return heat_map(correlation, class_names, _DIVERGING, -limit, limit)
 
 
-def matrix_chart(matrix: np.ndarray, class_names: Sequence[str], **look: Any) -> bytes:
-    """Draw a matrix with every class named on both axes; it grows with the number of classes.
-
-    Args:
-        matrix: [C,C] float; NaN is grey.
-        class_names: C names, at least one.
-        look: colour map and limits, as in matplotlib's `imshow`.
-    """
-    num_classes = len(class_names)
-    labels = [chart_label(name, limit=22) for name in class_names]
-    # Inches for a class: many for few classes, never less than a 6.5 point letter needs, and 80 fit the page's width.
-    pitch = min(0.5, max(0.112, 7.6 / num_classes))
-    font = min(10.0, max(6.5, pitch * 72 * 0.72))
-    margin = 0.4 + font / 72 * 0.58 * max(len(label) for label in labels)
-    side = pitch * num_classes
-    with drawing(max(side + margin + 0.75, 4.0), side + margin) as (figure, axes):
-        axes.set_facecolor("#bbbbbb")
-        image = axes.imshow(matrix, interpolation="nearest", **look)
-        places = range(num_classes)
-        axes.set_xticks(places, labels, rotation=90, fontsize=font, parse_math=False)
-        axes.set_yticks(places, labels, fontsize=font, parse_math=False)
-        axes.tick_params(length=0)
-        axes.grid(visible=False)
-        bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.015)
-        bar.outline.set_visible(False)
-        return to_svg(figure)
-
-
-def _step_curve(axes: Axes, scores: torch.Tensor, truth: torch.Tensor, label: str, **look: Any) -> None:
-    precision, recall = precision_recall_curve(scores, truth == 1, truth != 0)
+def _step_curve(plot: Plot, scores: np.ndarray, truth: np.ndarray, label: str, look: Look) -> None:
+    flat, known = torch.from_numpy(scores.reshape(-1)), torch.from_numpy(truth.reshape(-1))
+    precision, recall = (found.numpy() for found in precision_recall_curve(flat, known == 1, known != 0))
     # What follows the last positive adds nothing but a line down the right edge.
-    recall = recall[: int(recall.argmax()) + 1]
-    keep = np.unique(np.linspace(0, len(recall) - 1, min(len(recall), _MAX_POINTS)).astype(int))
+    num_shown = int(recall.argmax()) + 1
+    keep = np.unique(np.linspace(0, num_shown - 1, min(num_shown, _MAX_POINTS)).astype(int))
     # Average precision is the area under these steps, so the steps are drawn and not slopes between the points.
-    x, y = np.append(0.0, recall.numpy()[keep]), precision.numpy()[keep]
-    axes.plot(x, np.append(y[0], y), label=label, drawstyle="steps-pre", **({"linewidth": 1.4} | look))
-
-
-def _mark_highest(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    best = int(y.argmax())
-    axes.plot(x[best], y[best], marker="o", markersize=10, markerfacecolor="none", markeredgecolor="#D55E00")
-    axes.annotate(
-        f"best {y[best]:.2f}", (x[best], y[best]), xytext=(0, -18), textcoords="offset points", ha="center", va="top"
-    )
+    edges, heights = np.append(0.0, recall[keep]), precision[keep]
+    length = np.cumsum(np.diff(edges) + np.abs(np.diff(heights, prepend=heights[0])))
+    marks = np.unique(np.searchsorted(length, np.arange(_SPACING / 2, length[-1], _SPACING)))
+    plot.steps(edges, heights, look, label, marks.tolist())
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,53 +137,5 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
-def _look(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % 7], "linestyle": _STYLES[index % 7], "linewidth": 1.6}
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@contextmanager
-def drawing(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Give a figure of `width` x `height` inches with one pair of axes, under the settings of all charts."""
-    with panels(width, height, 1, 1) as (figure, (axes,)):
-        yield figure, axes
-
-
-@contextmanager
-def panels(width: float, height: float, num_rows: int, num_columns: int) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Give a figure with rows of axes that share their y, under the settings of all charts."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {  # matplotlib types every key by name since 3.11, and by str before
-        "svg.fonttype": "none",
-        "svg.hashsalt": "scinet",
-        "font.size": 9,
-        "legend.fontsize": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "text.parse_math": False,
-        "axes.formatter.use_mathtext": False,
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # matplotlib measures text in its own font; the reader's browser, which draws it, has the missing letters.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(width, height))
-        # The reader's font may run wider than the one that matplotlib lays out with: room for that at the edges.
-        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        yield figure, list(figure.subplots(num_rows, num_columns, sharey=True, squeeze=False).flat)
-
-
-def to_svg(figure: Figure) -> bytes:
-    """Return the figure as an SVG without background (the page's card is white) and without date or address."""
-    buffer = io.BytesIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    return buffer.getvalue()

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from scinet.report.charts import COLOURS, chart_label, drawing, panels, to_svg
+from scinet.report.matplotlib_drawing import drawing, panels, to_svg
+from scinet.report.rendering import COLOURS, chart_label
 
 _GREY = "#8c8c8c"
 _COLOURED = (COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[3])

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from scinet.report import comparison_charts as charts
-from scinet.report.charts import chart_label
 from scinet.report.comparison_charts import Curve, Panel
-from scinet.report.rendering import Chart, chart, render, write_page
+from scinet.report.rendering import Chart, chart, chart_label, render, write_page
 
 _NUM_COLOURED = 4
 _MOST_CLASSES = 12

@@ -6,40 +6,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scinet.report.charts import COLOURS, drawing, matrix_chart, to_svg
+from scinet.report.rendering import COLOURS
+from scinet.report.svg import Plot, Scale, heat_map, look, scale
 
 _MAX_BINS = 60
 _MAX_STEPS = 2000
 
+# ColorBrewer's "Blues"
+_RISING = ("#f7fbff", "#deebf7", "#c6dbef", "#9ecae1", "#6baed6", "#4292c6", "#2171b5", "#08519c", "#08306b")
 
-def frequency_chart(counts: dict[str, np.ndarray]) -> bytes | None:
-    """Draw how often classes occur, most frequent first, on a logarithmic scale.
 
-    Args:
-        counts: name of the curve to [C] counts; all curves follow the order of the first.
-    """
-    first = next(iter(counts.values()))
-    if not len(first):
+def frequency_chart(counts: np.ndarray) -> str | None:
+    """Draw [C] counts of how often classes occur, most frequent first, on a logarithmic scale."""
+    if not len(counts):
         return None
-    order = np.argsort(-first, kind="stable")
-    with drawing(8.6, 3.2) as (figure, axes):
-        places = np.unique(np.linspace(0, len(order) - 1, min(len(order), _MAX_STEPS)).astype(int))
-        for number, (name, values) in enumerate(counts.items()):
-            look = {"color": COLOURS[number], "linewidth": 1.6 if number == 0 else 0.8}
-            axes.step(places + 1, values[order][places], where="mid", label=name, **look)  # type: ignore[arg-type]
-        # logarithmic above 1, and a class that never occurs still has a place below it
-        axes.set_yscale("symlog", linthresh=1)
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(0.5, len(order) + 0.5)
-        axes.set(xlabel="classes, most frequent first", ylabel="images (logarithmic)")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        if len(counts) > 1:
-            axes.legend(frameon=False)
-        return to_svg(figure)
+    ranked = np.sort(counts)[::-1]
+    places = np.unique(np.linspace(0, len(ranked) - 1, min(len(ranked), _MAX_STEPS)).astype(int))
+    edges = np.concatenate([[0.5], (places[1:] + places[:-1]) / 2 + 1, [len(ranked) + 0.5]])
+    # logarithmic above 1, and a class that never occurs still has a place below it
+    heights = np.where(ranked > 0, 1 + np.log10(ranked.clip(1)), 0.0)[places]
+    top = max(float(heights[0]), 1.0)
+    powers = [(0.0, "0"), *((power + 1.0, f"{10**power:,}") for power in range(int(top)))]
+    across = scale(edges[[0, -1]], "classes, most frequent first", margin=0, is_whole=True)
+    plot = Plot(826, 310, across, Scale(0, 1.05 * top, powers, "images (logarithmic)"))
+    plot.steps(edges, heights, look(0, is_marked=False))
+    return plot.drawing()
 
 
-def label_count_chart(counts: dict[str, np.ndarray]) -> bytes | None:
+def label_count_chart(counts: dict[str, np.ndarray]) -> str | None:
     """Draw how many labels an image has, as shares of each split.
 
     Args:
@@ -51,23 +45,22 @@ def label_count_chart(counts: dict[str, np.ndarray]) -> bytes | None:
     longest = max(len(values) for values in counts.values())
     width = -(-longest // _MAX_BINS)
     edges = np.arange(0, longest + width, width)
-    with drawing(8.6, 3.0) as (figure, axes):
-        bar = 0.8 * width / len(counts)
-        for number, (name, values) in enumerate(counts.items()):
-            shares = np.add.reduceat(values, edges[edges < len(values)]) / values.sum()
-            places = edges[: len(shares)] + (width - 1) / 2 + (number - (len(counts) - 1) / 2) * bar
-            axes.bar(places, 100 * shares, bar, label=name, color=COLOURS[number % len(COLOURS)])
-        axes.set(xlabel="positive labels of an image", ylabel="images of the split, %")
-        axes.locator_params(axis="x", integer=True)
-        axes.legend(frameon=False)
-        return to_svg(figure)
+    shares = {name: 100 * np.add.reduceat(v, edges[edges < len(v)]) / v.sum() for name, v in counts.items()}
+    top = max(float(values.max()) for values in shares.values())
+    across = scale(np.array([-0.5, edges[-1] - 0.5]), "positive labels of an image", is_whole=True)
+    plot = Plot(826, 290, across, scale(np.array([0, 1.05 * top]), "images of the split, %", margin=0))
+    bar = 0.8 * width / len(counts)
+    for number, (name, values) in enumerate(shares.items()):
+        places = edges[: len(values)] + (width - 1) / 2 + (number - (len(counts) - 1) / 2) * bar
+        plot.bars(places, values, bar, COLOURS[number % len(COLOURS)], name)
+    return plot.drawing()
 
 
-def cooccurrence_chart(conditional: np.ndarray, class_names: Sequence[str]) -> bytes | None:
+def cooccurrence_chart(conditional: np.ndarray, class_names: Sequence[str]) -> str | None:
     """Draw [S, S] shares of the row's images that have the column's class too; the diagonal is left out."""
     if len(class_names) < 2:
         return None
     shown = conditional.copy()
     np.fill_diagonal(shown, np.nan)
     finite = shown[np.isfinite(shown)]
-    return matrix_chart(shown, class_names, cmap="Blues", vmin=0.0, vmax=max(float(finite.max(initial=0.0)), 1e-3))
+    return heat_map(shown, class_names, _RISING, 0.0, max(float(finite.max(initial=0.0)), 1e-3))

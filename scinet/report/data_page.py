@@ -152,7 +152,7 @@ def class_rows(card: DataCard) -> list[_ClassRow]:
 
 def _frequencies(card: DataCard) -> Chart | None:
     positives = positives_of(card)
-    svg = data_charts.frequency_chart({"known positive": positives})
+    svg = data_charts.frequency_chart(positives)
     quartiles = np.percentile(positives, [0, 25, 50, 75, 100]).round().astype(int).tolist()
     words = ", ".join(f"{value:,}" for value in quartiles)
     never = int((positives == 0).sum())

@@ -14,27 +14,45 @@ _MAX_IMAGE_SIDE = 440
 _NO_CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "�")
 _logger = logging.getLogger(__name__)
 
+# Okabe and Ito's palette, told apart by colour-blind readers; its black is the ink of the page.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "currentColor")
+
+
+def chart_label(name: str, *, limit: int = 26) -> str:
+    """Return `name` in at most `limit` characters, without those that XML forbids or that do not print."""
+    printable = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of figures, with the words for those who do not see it."""
+    """A picture of figures, with the words for those who do not see it.
+
+    A `str` is a drawing of `scinet.report.svg` and stands in the page itself. Bytes are a document of matplotlib's and
+    become an image, since its style and its ids would reach beyond it.
+    """
 
     title: str
     alt: str
-    source: str  # data: address
+    svg: str | bytes
     is_wide: bool = False
+
+    @property
+    def source(self) -> str | None:
+        """The `data:` address of an image."""
+        if isinstance(self.svg, str):
+            return None
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
 
     def write(self, path: Path) -> None:
         """Write the drawing as a file of its own, on white, since a reader's page may be dark."""
-        svg = base64.b64decode(self.source.partition(",")[2]).decode()
+        svg = self.svg if isinstance(self.svg, str) else self.svg.decode()
         write_page(path, svg.replace("<svg ", '<svg style="background:#ffffff" ', 1))
 
 
-def chart(svg: bytes | None, title: str, alt: str, *, is_wide: bool = False) -> Chart | None:
+def chart(svg: str | bytes | None, title: str, alt: str, *, is_wide: bool = False) -> Chart | None:
     """Return a drawing as a chart of a page, None where nothing was drawn."""
-    if svg is None:
-        return None
-    return Chart(title, alt, "data:image/svg+xml;base64," + base64.b64encode(svg).decode(), is_wide)
+    return None if svg is None else Chart(title, alt, svg, is_wide)
 
 
 def image_source(content: bytes, name: str) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from scinet.report.charts import COLOURS, chart_label, drawing, to_svg
+from scinet.report.matplotlib_drawing import drawing, to_svg
+from scinet.report.rendering import COLOURS, chart_label
 
 _BEST, _DEFAULT = COLOURS[1], "#000000"
 

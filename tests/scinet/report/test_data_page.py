@@ -58,9 +58,8 @@ def test_page_is_one_safe_file_at_any_number_of_classes(tmp_path: Path, num_clas
     # every class is named, however many there are, and none is read as a template or as mark-up
     for name in card.class_names:
         assert name.replace("\x1b", "\ufffd") in page.text
-    drawings = page.images("image/svg+xml")
-    assert len(drawings) == (3 if num_classes > 1 else 2)
-    for drawing in drawings:
+    assert len(page.drawings) == (3 if num_classes > 1 else 2)
+    for drawing in page.drawings:
         assert ElementTree.fromstring(drawing).tag.endswith("svg")
     assert len(page.images("image/jpeg")) == 7
     assert "<b>0</b>" in page.text
