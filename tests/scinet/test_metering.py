@@ -20,7 +20,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 # two samples of three classes: what the mask leaves, and what is true
 OBSERVED = torch.tensor([[1, 0, 0], [0, -1, 0]], dtype=torch.int8)
 TRUTH = torch.tensor([[1, 1, -1], [1, -1, 0]], dtype=torch.int8)
-POSITIVE = torch.tensor([[False, True, True], [False, False, True]])
+POSITIVE = torch.tensor([[False, True, True], [True, False, True]])
 
 
 def _batch() -> Batch:
@@ -56,8 +56,8 @@ def test_pseudo_labels_are_judged_on_hidden_cells_whose_truth_is_known() -> None
     meter, _ = _meter()
     meter.add([_step(1.0, pseudo=True)], [_batch()], num_valid=2)
     row = meter.write(Progress(), {}, None, _batch())
-    # made positive: (0, 1) rightly, (0, 2) wrongly, (1, 2) nobody knows; to be found were (0, 1) and (1, 0)
-    assert (row["pseudo_positives"], row["pseudo_precision"], row["pseudo_recall"]) == (3, 0.5, 0.5)
+    # made positive: (0, 1) and (1, 0) rightly, (0, 2) wrongly, (1, 2) nobody knows; no other was to be found
+    assert (row["pseudo_positives"], row["pseudo_precision"], row["pseudo_recall"]) == (4, pytest.approx(2 / 3), 1)
     meter.add([_step(1.0)], [_batch()], num_valid=2)
     assert "pseudo_positives" not in meter.write(Progress(), {}, None, _batch())
 
