@@ -275,3 +275,24 @@ def test_ranks_that_do_not_finish_their_part_leave_the_previous_one(
         _save(keeper, Counter(), 2)
     assert "rank 1 did not finish its part in 0.1 s" in caplog.text
     assert _steps(tmp_path) == [1]
+
+
+def test_newest_before_a_damaged_one_is_taken_and_the_newest_when_nothing_says_which(
+    tmp_path: Path, ranks: Ranks
+) -> None:
+    _save(_keeper(tmp_path, ranks, keep_last=4), Counter(), 1, 2, 3, 12)
+    (tmp_path / "checkpoints/latest.json").unlink()
+    assert _loaded(tmp_path, ranks) == (12, [])
+    (tmp_path / "checkpoints/step-0000000012/manifest.json").unlink()
+    step, said = _loaded(tmp_path, ranks)
+    assert (step, len(said)) == (3, 1)
+
+
+def test_weights_between_two_evaluations_are_not_the_best_of_the_last(tmp_path: Path, ranks: Ranks) -> None:
+    keeper, counter = _keeper(tmp_path, ranks, keep_last=1, keep_best=1), Counter()
+    for step, epoch, judged, last_map in ((4, 1, 1, 50.0), (8, 2, 2, 70.0), (12, 3, 2, 70.0), (14, 3, 2, 70.0)):
+        counter.go(step)
+        counter.progress = SimpleNamespace(step=step, epoch=epoch, judged=judged, last_map=last_map)
+        keeper.save(counter)  # type: ignore[arg-type]
+    keeper.wait()
+    assert _steps(tmp_path) == [8, 14]
