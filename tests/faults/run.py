@@ -7,6 +7,7 @@ test fails without any fault.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -26,7 +27,16 @@ SOURCES = (".", "kernels", "cluster")  # folders that hold packages
 # imported once, before the forks, where these are many; the second bring Triton, which must first know how it runs
 MODULES = ("pytest", "hypothesis", "numpy", "torch", "omegaconf", "PIL.Image", "safetensors.torch")
 LARGER_MODULES = ("torchvision", "timm", "scipy.special", "sklearn.metrics", "open_clip")
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--timeout=120")
+PLUGINS = (
+    "--disable-plugin-autoload",
+    "-p",
+    "pytest_timeout",
+    "-p",
+    "_hypothesis_pytestplugin",
+    "-p",
+    "no:cacheprovider",
+)
+OPTIONS = (*PLUGINS, "-x", "-q", "--hypothesis-seed=0", "--timeout=120")
 
 
 @dataclass(frozen=True)
@@ -181,6 +191,7 @@ def main() -> int:
             tests = sorted({test for fault in group for test in fault.tests})
             for module in modules if len(group) > 4 else modules[:2]:
                 importlib.import_module(module)
+            gc.freeze()  # pytest collects garbage, which would touch every object of these modules in every fork
             shares = (tuple(tests[number :: len(copies)]) for number in range(len(copies)))
             unchanged = [Fault("", "", "", "", share, interpreter) for share in shares if share]
             for fault, outcome, _ in outcomes(unchanged, copies, root):
