@@ -1,7 +1,7 @@
 """``scinet data estimate``: what disk and memory a data set and its training would take, before anything is built.
 
-Nothing here has a formula of its own where the code has one: the card is written by the writer of cards (and scaled),
-the training state is allocated by its own classes on torch's `meta` device, which has sizes and no memory.
+The card is written by the writer of cards, and scaled; the sizes of the training state are written down here, and held
+against the tensors of its own classes by a test.
 
 Shapes: N samples, C classes, G global batch, M bank rows, D embedding.
 """
@@ -15,25 +15,21 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from scinet.data import card as data_card
 from scinet.data.batch import Share
 from scinet.data.card import DataCard, Missing, Shard, Split
 from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
 from scinet.data.loading import num_waiting
 from scinet.errors import ConfigError, DataError
-from scinet.fusion.confidence import Fusion
-from scinet.fusion.thresholds import DynamicThresholds
-from scinet.options import Combine, Method, Options, Profile
-from scinet.report.data_page import size
-from scinet.texttable import table
+from scinet.options import Combine, Memory, Method, Options, Profile
+from scinet.texttable import size, table
 from scinet.zoo.catalogue import table_bytes
 
 _ID_LENGTH = 16
 # a sample in the window: its dict, its keys and the headers of its bytes objects, as tracemalloc counts them
 _SAMPLE_OVERHEAD = 700
-_FLOAT = 4
+_FLOAT, _DOUBLE, _INDEX = 4, 8, 8
+_PLACE = 2 * _INDEX  # where a ring is written next, and how far it is filled
 
 
 @dataclass(frozen=True)
@@ -99,25 +95,28 @@ def of_card(card: DataCard) -> DataSize:
         num_scored=max((s.num_samples for name, s in card.splits.items() if name != "train"), default=0),
     )
     stored = sum(shard.num_bytes for split in splits for shard in split.shards) / num_samples
-    return replace(known, image_bytes=max(1.0, stored - disk(known)[0].num_bytes / num_samples))
+    return replace(known, image_bytes=max(1.0, stored - _shards(known).num_bytes / num_samples))
 
 
 def disk(data: DataSize) -> list[Need]:
     """Return what ``scinet data build`` would write."""
+    num_shards = -(-data.num_samples // data.shard_samples)
+    card = Need("data card", card_bytes(data, num_shards), "more images a shard (--shard-samples)")
+    return [_shards(data), card]
+
+
+def _shards(data: DataSize) -> Need:
     labels = label_bytes(data)
     # a header each; contents are filled up to whole blocks, images of many sizes by half a block on average
     sample = 2 * tarfile.BLOCKSIZE + data.image_bytes + tarfile.BLOCKSIZE / 2 + _blocks(labels)
     num_shards = -(-data.num_samples // data.shard_samples)
     # two blocks of zeros end a tar, which is filled up to a record
     ends = num_shards * (2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE / 2)
-    return [
-        Need(
-            f"{num_shards:,} shards: images {size(data.num_samples * data.image_bytes)}, labels "
-            f"{size(data.num_samples * labels)}, the rest is tar",
-            data.num_samples * sample + ends,
-        ),
-        Need("data card", card_bytes(data, num_shards), "more images a shard (--shard-samples)"),
-    ]
+    return Need(
+        f"{num_shards:,} shards: images {size(data.num_samples * data.image_bytes)}, labels "
+        f"{size(data.num_samples * labels)}, the rest is tar",
+        data.num_samples * sample + ends,
+    )
 
 
 def _blocks(num_bytes: int) -> int:
@@ -212,10 +211,8 @@ def _zoo_state(data: DataSize, options: Options) -> list[Need]:
 
 def _window(data: DataSize, options: Options) -> Need:
     """Return the window of pseudo-positives that dynamic thresholds count in."""
-    hard_k, window = options.loss.hard_k, options.loss.threshold_window
-    thresholds = DynamicThresholds(data.num_classes, hard_k=hard_k, window=window, device=torch.device("meta"))
-    num_bytes = sum(tensor.nbytes for tensor in thresholds.state_dict().values())
-    return Need(f"thresholds, the last {window:,} samples", num_bytes, "loss.threshold_window")
+    window = options.loss.threshold_window
+    return Need(f"thresholds, the last {window:,} samples", window * data.num_classes + _PLACE, "loss.threshold_window")
 
 
 def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need]:
@@ -223,34 +220,26 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
     if options.method is not Method.scinet:
         return _zoo_state(data, options)
     enabled = options.fusion.enabled and options.profile is not Profile.release
-    unlimited = replace(options.fusion, memory_budget_mb=2**40, enabled=enabled)
-    meta = torch.device("meta")
-    text = torch.empty(data.num_classes, data.num_classes, device=meta)
-    fusion = Fusion(
-        unlimited,
-        options.correlation,
-        text,
-        width=width,
-        num_samples=data.num_samples,
-        samples_per_epoch=data.num_samples,
-    )
-    tensors = fusion.state_dict()
-    parts = {
-        prefix: sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(prefix))
-        for prefix in ("memory", "bank", "correlation")
-    }
+    classes, is_linear = data.num_classes, options.fusion.combine is Combine.linear
+    remembers = enabled and options.fusion.memory is Memory.dense
+    memory = data.num_samples * classes * _FLOAT if remembers else 0
+    rows = options.fusion.bank_size if enabled else 0
+    row = _FLOAT * width + classes + _INDEX + (_FLOAT * classes if is_linear else 0)
+    # four co-moments of each pair of classes and three sums of each; the prior; how many rows were seen
+    moments = 4 * classes**2 + 3 * classes + 1
+    correlation = _DOUBLE * ((2 if is_linear else 1) * moments + classes**2 + 1)
     budget = options.fusion.memory_budget_mb
-    is_refused = parts["memory"] / 2**20 > budget
+    is_refused = memory / 2**20 > budget
     needs = [
         Need(
             f"confidence memory, {data.num_samples:,} x {data.num_classes:,} fp32"
             + (f": refused, fusion.memory_budget_mb={budget}" if is_refused else ""),
-            parts["memory"],
+            memory,
             "fusion.memory=none fusion.momentum=0",
             is_refused,
         ),
-        Need(f"bank, {unlimited.bank_size:,} rows of width {width}", parts["bank"], "fusion.bank_size"),
-        Need("Pearson moments", parts["correlation"]),
+        Need(f"bank, {rows:,} rows of width {width}", rows * row + _PLACE, "fusion.bank_size"),
+        Need("Pearson moments", correlation),
         _window(data, options),
     ]
     if enabled and options.fusion.combine is not Combine.linear and options.fusion.label_weight:

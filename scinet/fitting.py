@@ -17,8 +17,8 @@ from scinet.memory import Estimate, Subject
 from scinet.model import backbone as model_backbone
 from scinet.options import Memory, Method, Options
 from scinet.paths import cache_directory
-from scinet.report.data_page import size
 from scinet.room import Room, look, ranks_on_this_host
+from scinet.texttable import size
 
 _EASY = 0.5  # a run that takes less of what is free is worth one line only
 _NUM_NAMED = 4

@@ -1,8 +1,8 @@
 """What a run would hold on each rank, part by part, before it starts.
 
-Towers, teacher, activations, objective and fusion are counted on tensors without memory by the training's own code
-(:mod:`scinet.rehearsal`, :mod:`scinet.estimating`). Only what DeepSpeed makes of the trainable weights is written down
-here, from its source and held against it by a test (``tests/system/test_memory.py``).
+All of it is arithmetic, a matter of milliseconds: the step's in :mod:`scinet.stepmemory`, that of the data and of the
+fusion's state in :mod:`scinet.estimating`. What DeepSpeed makes of the trainable weights is written down here, from its
+source and held against it by a test (``tests/system/test_memory.py``).
 
 Shapes: P trainable elements, R ranks, N samples, C classes.
 """
@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scinet import estimating
-from scinet.data.batch import Share
 from scinet.engine import zero_config
 from scinet.estimating import DataSize, Need
 from scinet.model import features
 from scinet.model.backbone import Backbone
 from scinet.options import Options
-from scinet.rehearsal import Rehearsal, rehearse
-from scinet.report.data_page import size
-from scinet.texttable import table
+from scinet.stepmemory import StepMemory, step_memory
+from scinet.texttable import size, table
 
 CACHED = "reading: cached features"
 _FP32 = 4
@@ -74,47 +72,35 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is estimated beside the options: data, towers and class names, and where it would run."""
+    """What is estimated beside the options: data, towers (which lend their sizes), class names, and where it runs."""
 
     data: DataSize
     backbone: Backbone
     class_names: tuple[str, ...]
     device: torch.device
-    _rehearsed: dict[tuple[int, str], Rehearsal] = field(default_factory=dict)
-
-    def rehearse(self, options: Options, world_size: int) -> Rehearsal:
-        """Rehearse a step, once for all options that differ in what does not matter to one rank's micro-batch."""
-        train = options.train
-        size = Share(0, world_size, train.global_batch_size, train.accumulation_steps).micro_batch_size
-        alike = replace(options, deepspeed={}, train=replace(train, accumulation_steps=1))
-        key = (size, repr(alike))
-        if key not in self._rehearsed:
-            self._rehearsed[key] = rehearse(
-                options, self.backbone, self.class_names, world_size=world_size, device=self.device
-            )
-        return self._rehearsed[key]
 
 
-def estimate(options: Options, subject: Subject, world_size: int) -> Estimate:
-    """Return what a rank would hold.
+def estimate(options: Options, subject: Subject, world_size: int, *, step: StepMemory | None = None) -> Estimate:
+    """Return what a rank would hold; ``step`` is counted here unless it is given.
 
     Raises:
         ConfigError: if the global batch does not divide over the ranks, or DeepSpeed refuses its section.
     """
-    tried = subject.rehearse(options, world_size)
+    if step is None:
+        step = step_memory(options, subject.backbone, subject.class_names, world_size=world_size, device=subject.device)
     has_gpu = subject.device.type == "cuda"
     state = estimating.state(subject.data, options, subject.backbone.width, world_size)
     parts = [
         Part("pretrained towers", _towers(subject.backbone), is_there=True),
-        *_weights(tried, zero_config(options), world_size, has_gpu=has_gpu),
-        Part(f"kept for backward: prompts of {len(subject.class_names):,} classes", tried.text, Moment.step),
-        Part(f"kept for backward: {_micro_batch(options, world_size)}", tried.student, Moment.step),
-        Part(f"gathered rows of {options.train.global_batch_size:,} samples", tried.gathered, Moment.step),
-        _highest(tried),
-        # what the label term of a step takes is rehearsed
+        *_weights(step, zero_config(options), world_size, has_gpu=has_gpu),
+        Part(f"kept for backward: prompts of {len(subject.class_names):,} classes", step.text, Moment.step),
+        Part(f"kept for backward: {_micro_batch(options, world_size)}", step.student, Moment.step),
+        Part(f"gathered rows of {options.train.global_batch_size:,} samples", step.gathered, Moment.step),
+        _highest(step),
+        # what the label term takes is part of the step
         *(Part(f"fusion: {need.what}", need.num_bytes) for need in state if "label term" not in need.what),
-        *_evaluation(tried, subject, world_size),
-        _checkpoint(tried, state, world_size),
+        *_evaluation(step, subject, world_size),
+        _checkpoint(step, state, world_size),
         *(
             Part(f"reading: {need.what}", need.num_bytes, is_on_host=True)
             for need in estimating.reading(subject.data, options, world_size)
@@ -126,11 +112,11 @@ def estimate(options: Options, subject: Subject, world_size: int) -> Estimate:
     return Estimate(tuple(part for part in parts if part.num_bytes), has_gpu)
 
 
-def _highest(tried: Rehearsal) -> Part:
+def _highest(step: StepMemory) -> Part:
     """Return what is on top of that, where a step holds most: confidence and loss, or backward."""
-    if tried.fusion > tried.backward:
-        return Part("fusion: candidates, kernels and loss", tried.fusion, Moment.step)
-    return Part("backward's own", tried.backward, Moment.step)
+    if step.fusion > step.backward:
+        return Part("fusion: candidates, kernels and loss", step.fusion, Moment.step)
+    return Part("backward's own", step.backward, Moment.step)
 
 
 def _towers(backbone: Backbone) -> int:
@@ -145,17 +131,17 @@ def _micro_batch(options: Options, world_size: int) -> str:
     return f"{samples:,} samples x {num_views} view{'s' if num_views > 1 else ''}"
 
 
-def _weights(tried: Rehearsal, zero: Any, world_size: int, *, has_gpu: bool) -> Iterator[Part]:
+def _weights(step: StepMemory, zero: Any, world_size: int, *, has_gpu: bool) -> Iterator[Part]:
     """Yield what DeepSpeed and AdamW keep of the trainable weights, and the teacher."""
-    stage, count, width = int(zero.stage), tried.num_parameters, tried.element_size
+    stage, count, width = int(zero.stage), step.num_parameters, step.element_size
     share = count / world_size if stage else count
     is_offloaded = stage > 0 and _is_on_host(zero.offload_optimizer)
     has_weights_on_host = stage == 3 and _is_on_host(zero.offload_param)
     is_narrow = width < _FP32
     of = f" / {world_size} ranks" if stage else ""
     if stage == 3:
-        small = [n for layer in tried.layers for n in layer if n <= zero.param_persistence_threshold]
-        largest = max(sum(layer) for layer in tried.layers)
+        small = [n for layer in step.layers for n in layer if n <= zero.param_persistence_threshold]
+        largest = max(sum(layer) for layer in step.layers)
         yield Part(f"trainable weights{of}", width * share, is_on_host=has_weights_on_host)
         yield Part("small weights that ZeRO 3 keeps whole", width * sum(small))
         gathered = min(count, largest + zero.prefetch_bucket_size)
@@ -181,26 +167,26 @@ def _weights(tried: Rehearsal, zero: Any, world_size: int, *, has_gpu: bool) -> 
         yield Part("gradients in fp32", _FP32 * share, Moment.update, is_on_host=is_offloaded)
     yield Part("AdamW's step", _FP32 * share, Moment.update, is_on_host=is_offloaded)
     if stage == 3:
-        yield Part(f"teacher, fp32{of}", tried.teacher / world_size, is_on_host=has_weights_on_host)
+        yield Part(f"teacher, fp32{of}", step.teacher / world_size, is_on_host=has_weights_on_host)
     else:
-        yield Part("teacher, fp32", tried.teacher)
+        yield Part("teacher, fp32", step.teacher)
 
 
 def _is_on_host(offload: Any) -> bool:
     return offload is not None and str(offload.device) != "none"
 
 
-def _evaluation(tried: Rehearsal, subject: Subject, world_size: int) -> Iterator[Part]:
+def _evaluation(step: StepMemory, subject: Subject, world_size: int) -> Iterator[Part]:
     """Yield the scores of a split: this rank's rows, all ranks' rows as they come, and in order."""
     count = subject.data.num_scored
     cells = count * len(subject.class_names)
     yield Part(f"scores of {count:,} images", (2 + 2 / world_size) * (_FP32 + 1) * cells, Moment.evaluation)
-    yield Part("a network to evaluate", _FP32 * tried.num_parameters, Moment.evaluation)
+    yield Part("a network to evaluate", _FP32 * step.num_parameters, Moment.evaluation)
 
 
-def _checkpoint(tried: Rehearsal, state: list[Need], world_size: int) -> Part:
+def _checkpoint(step: StepMemory, state: list[Need], world_size: int) -> Part:
     """Return this rank's share of the training state, copied to be written beside the training."""
-    weights = 3 * _FP32 * tried.num_parameters + tried.teacher
+    weights = 3 * _FP32 * step.num_parameters + step.teacher
     kept = sum(need.num_bytes for need in state if need.is_saved)
     return Part(
         f"a checkpoint on its way to the disk / {world_size} rank(s)", (weights + kept) / world_size, is_on_host=True

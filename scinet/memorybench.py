@@ -17,9 +17,8 @@ from scinet.distributed import Ranks, gather_objects, initialise, shut_down
 from scinet.errors import ConfigError
 from scinet.memory import Subject
 from scinet.options import Method, Options
-from scinet.report.data_page import size
 from scinet.telemetry import MetricsLog, Silence
-from scinet.texttable import table
+from scinet.texttable import size, table
 from scinet.trainer import Trainer
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

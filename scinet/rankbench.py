@@ -17,6 +17,7 @@ from scinet.distributed import Ranks, gather_objects, initialise, shut_down, sum
 from scinet.materials import Materials
 from scinet.memory import Subject
 from scinet.options import Options
+from scinet.rehearsal import rehearsed
 from scinet.traffic import Kind, Links, Message, plan, step_seconds
 from scinet.traffic_report import STAGES
 
@@ -59,7 +60,7 @@ def _row(options: Options, made: Materials, ranks: Ranks, repeats: int, say: Cal
     turns = pairing.take_turns(steps, repeats, lambda: _settle(ranks), say)
     computing_s, *measured = map(statistics.median, turns)
     subject = Subject(estimating.of_card(made.card), made.backbone, made.card.class_names, ranks.device)
-    links = _links(subject.rehearse(options, ranks.world_size).num_parameters, ranks)
+    links = _links(rehearsed(options, subject, ranks.world_size).num_parameters, ranks)
     planned = [
         step_seconds(plan(own, subject, ranks.world_size), computing_s, links, ranks.world_size)[0] for own in staged
     ]

@@ -1,7 +1,9 @@
-"""A training step rehearsed on tensors that have a size and no memory, to learn what it would hold.
+"""A training step rehearsed on tensors that have a size and no memory, to learn what it would compute and hold.
 
-Everything here runs the training's own code on torch's fake tensors: the network, the teacher, the objective and the
-fusion; only the fusion's kernels are replaced by an allocation of what they return and of the workspace they state.
+It takes seconds. The communication plan asks it for the operations of a step (:mod:`scinet.traffic`), and tests hold
+the memory estimate, which is arithmetic (:mod:`scinet.stepmemory`), against it. Everything here runs the training's
+own code on torch's fake tensors: the network, the teacher, the objective and the fusion; only the fusion's kernels are
+replaced by an allocation of what they return and of the workspace they state.
 
 Shapes: B images of this rank, G of the global batch, C classes, F features, D embedding.
 """
@@ -29,6 +31,7 @@ from scinet.engine import parameter_groups, uses_bf16
 from scinet.fusion.bank import Neighbours
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
+from scinet.memory import Subject
 from scinet.model import features, heads
 from scinet.model.backbone import Backbone, TextTower
 from scinet.model.label_graph import text_correlation
@@ -36,6 +39,7 @@ from scinet.model.network import Network, Output
 from scinet.model.teacher import Teacher
 from scinet.objective import Aim, Look, Objective, Phase
 from scinet.options import Memory, Method, Options
+from scinet.stepmemory import StepMemory
 from scinet.zoo.catalogue import Frame, build, sees_everyone
 from scinet.zoo.objective import Sight, ZooObjective
 from scinet.zoo.recipe import Everyone
@@ -43,32 +47,19 @@ from scinet_kernels import estimate as kernel_cost
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """Bytes of a step on one rank, as if nothing were partitioned.
+class Rehearsal(StepMemory):
+    """What a step was seen to take.
 
-    layers: elements of each trainable parameter, by the module that owns it; groups: of each of AdamW's groups; moved:
-    of each parameter that gets a gradient. element_size: bytes of one while it trains. teacher: its own weights and
-    buffers. gathered: what the teacher saw on all ranks, for the whole step. text, student: what forward keeps for
-    backward, of the prompts and of everything else. fusion, backward: the highest points above all of these while the
-    confidence and the loss are formed, and in backward. flop: operations of the matrix products of all of it.
+    groups: elements of each of AdamW's groups; moved: of each parameter that gets a gradient. flop: operations of the
+    matrix products of all of it.
     """
 
-    layers: tuple[tuple[int, ...], ...]
     groups: tuple[int, ...]
     moved: tuple[int, ...]
-    element_size: int
-    teacher: int
-    text: int
-    student: int
-    gathered: int
-    fusion: int
-    backward: int
     flop: int
 
-    @property
-    def num_parameters(self) -> int:
-        """Trainable elements."""
-        return sum(sum(layer) for layer in self.layers)
+
+_rehearsed: weakref.WeakKeyDictionary[Subject, dict[tuple[int, str], Rehearsal]] = weakref.WeakKeyDictionary()
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -178,6 +169,22 @@ def _real() -> Iterator[None]:
         yield
 
 
+def rehearsed(options: Options, subject: Subject, world_size: int) -> Rehearsal:
+    """Return a step's rehearsal, made once for all options that differ in what one rank's micro-batch does not see.
+
+    Raises:
+        ConfigError: as :func:`rehearse`.
+    """
+    train, found = options.train, _rehearsed.setdefault(subject, {})
+    size = Share(0, world_size, train.global_batch_size, train.accumulation_steps).micro_batch_size
+    key = (size, repr(replace(options, deepspeed={}, train=replace(train, accumulation_steps=1))))
+    if key not in found:
+        found[key] = rehearse(
+            options, subject.backbone, subject.class_names, world_size=world_size, device=subject.device
+        )
+    return found[key]
+
+
 def rehearse(
     options: Options, backbone: Backbone, class_names: tuple[str, ...], *, world_size: int, device: torch.device
 ) -> Rehearsal:
@@ -209,8 +216,8 @@ def rehearse(
             zero_shot = heads.untrained(options.model)
             unseen = _FakeNetwork(towers, class_names, zero_shot, top_k=options.correlation.graph_top_k)
             own_teacher += _bytes([*unseen.parameters(), *unseen.buffers()])
-        if uses_bf16(options, device):
-            network.to(torch.bfloat16)
+        # also where it changes nothing: views of copied fake weights would count as memory
+        network.to(torch.bfloat16 if uses_bf16(options, device) else torch.float32)
         network.train()
         kept_text = live.kept_by(network.texts)
         is_fused = options.method is Method.scinet

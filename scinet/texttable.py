@@ -1,4 +1,4 @@
-"""Tables for a terminal, whose words come from strangers."""
+"""Tables and sizes for a terminal, whose words come from strangers."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def printable(text: str, *, limit: int = _WIDEST_CELL) -> str:
     """Return a text that no terminal obeys: letters that do not print are escaped, and its end is cut."""
     safe = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
+
+
+def size(num_bytes: float) -> str:
+    """Return a size in the unit that suits it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} TiB"

@@ -20,7 +20,7 @@ from scinet.engine import zero_config
 from scinet.fusion.bank import Neighbours
 from scinet.memory import Subject
 from scinet.options import Method, Options
-from scinet.rehearsal import Rehearsal
+from scinet.rehearsal import Rehearsal, rehearsed
 from scinet.zoo.catalogue import sees_everyone
 
 _FP32 = 4
@@ -83,7 +83,7 @@ def plan(options: Options, subject: Subject, world_size: int) -> list[Message]:
     Raises:
         ConfigError: if the global batch does not divide over the ranks.
     """
-    tried = subject.rehearse(options, world_size)
+    tried = rehearsed(options, subject, world_size)
     return [*shared(options, len(subject.class_names), subject.backbone.width), *weights(options, tried, world_size)]
 
 

@@ -14,7 +14,8 @@ from scinet.memory import Subject
 from scinet.model import backbone as model_backbone
 from scinet.options import Options
 from scinet.paths import cache_directory
-from scinet.report.data_page import size
+from scinet.rehearsal import rehearsed
+from scinet.texttable import size
 from scinet.traffic import Links, Message, shared, step_seconds, weights
 
 STAGES = (0, 1, 2, 3)
@@ -71,7 +72,7 @@ def rows(options: Options, subject: Subject, scenario: Scenario) -> Iterator[Row
             fewest = -(-share // scenario.micro_batch)
             steps = next(count for count in range(fewest, share + 1) if share % count == 0)
             own = config.replace(options, train__global_batch_size=batch, train__accumulation_steps=steps)
-            tried = subject.rehearse(own, ranks)
+            tried = rehearsed(own, subject, ranks)
             staged = {
                 stage: weights(config.replace(own, deepspeed={"zero_optimization": {"stage": stage}}), tried, ranks)
                 for stage in STAGES

@@ -23,8 +23,7 @@ from scinet.model.network import Output
 from scinet.objective import Phase
 from scinet.options import Method, Options
 from scinet.rehearsal import LiveBytes
-from scinet.report.data_page import size
-from scinet.texttable import table
+from scinet.texttable import size, table
 from scinet.zoo.catalogue import METHODS, Frame, build
 from scinet.zoo.objective import ZooObjective
 

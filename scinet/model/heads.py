@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scinet.options import BiDominant, Head, ModelOptions
 
 Read = Callable[[Tensor], Tensor]
-_HIDDEN = 2048  # of ML-Decoder's feed-forward, as in the source
+HIDDEN = 2048  # of ML-Decoder's feed-forward, as in the source
 _TEMPERATURE, _GAIN = 20.0, 5.0  # DualCoOp's, as in its code
 _BESIDE = 0.1  # how far its negative context starts from the words, in their standard deviations
 
@@ -103,7 +103,7 @@ class DecoderHead(_RegionHead):
         self.embed = nn.Linear(width, width)
         self.norm_query, self.norm_attended, self.norm = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.inner, self.outer = nn.Linear(width, _HIDDEN), nn.Linear(_HIDDEN, width)
+        self.inner, self.outer = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, width)
         self.groups = nn.Parameter(_drawn(len(self.get_buffer("queries")), width, size, fan_in=width))
 
     def _of_regions(self, regions: Tensor, read: Read) -> Tensor:

@@ -12,17 +12,17 @@ from torch.utils.checkpoint import checkpoint
 def recompute_blocks(tower: nn.Module) -> None:
     """Let each block of a tower keep its input only; results and names of weights stay the same.
 
-    A tower's own switch is not used: several of open_clip's towers take it and do nothing. Blocks are the members of
-    the outermost sequences of modules.
+    A tower's own switch is not used: several of open_clip's towers take it and do nothing. See :func:`blocks`.
     """
-    for block in _blocks(tower):
+    for block in blocks(tower):
         if "forward" not in vars(block):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the members of the outermost sequences of modules."""
     for child in module.children():
         if isinstance(child, (nn.Sequential, nn.ModuleList)) and len(child) > 1:
             yield from child
         else:
-            yield from _blocks(child)
+            yield from blocks(child)

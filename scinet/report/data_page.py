@@ -22,6 +22,7 @@ from scinet.data.labels import Labels, parse_labels
 from scinet.data.members import LABELS, stored_members
 from scinet.report import data_charts
 from scinet.report.rendering import Chart, chart, image_source, render, write_page
+from scinet.texttable import size
 
 _MOST_ROWS = 400
 _FIRST_ROWS, _LAST_ROWS = 150, 50
@@ -102,15 +103,6 @@ def split_rows(card: DataCard) -> list[tuple[str, ...]]:
 
 SPLIT_HEADER = ("split", "images", "labels an image", "positive", "known cells", "shards", "size")
 """Of `split_rows`; "positive" is the share among the known cells."""
-
-
-def size(num_bytes: float) -> str:
-    """Return a size in the unit that suits it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} TiB"
 
 
 def described(card: DataCard) -> list[tuple[str, str]]:

@@ -14,7 +14,8 @@ from scinet import inspecting
 from scinet.data import census
 from scinet.data.card import DataCard
 from scinet.errors import ConfigError, DataError
-from scinet.report.data_page import class_rows, size, split_rows
+from scinet.report.data_page import class_rows, split_rows
+from scinet.texttable import size
 from tests.scinet.conftest import RawSample, build_samples
 from tests.scinet.report.test_page import parse
 
