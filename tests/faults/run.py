@@ -128,7 +128,8 @@ def outcomes(faults: Sequence[Fault], copies: Sequence[Path], root: Path) -> Ite
         shutil.rmtree(copy / ".hypothesis", ignore_errors=True)
         said, log = copy.with_suffix(".json"), copy.with_suffix(".log").read_text(errors="replace")
         outcome = Outcome(**json.loads(said.read_text())) if said.exists() else Outcome()
-        outcome.last_words = " | ".join(log.splitlines()[-5:])
+        errors = [line for line in log.splitlines() if line.startswith(("E  ", "ERROR", "INTERNALERROR"))]
+        outcome.last_words = " | ".join((errors or log.splitlines())[-3:])
         yield fault, outcome, time.monotonic() - start
         said.unlink(missing_ok=True)
         free.append(copy)

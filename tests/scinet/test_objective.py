@@ -120,7 +120,9 @@ def _scene(*overrides: str) -> _Scene:
             valid=valid,
         )
         batches.append(batch)
-        students.append(Output(*(x.requires_grad_() for x in outputs(3 * size, 2.0))))
+        student = outputs(3 * size, 2.0)
+        student.logits[:: size + 1] -= 6  # one image a view, another each time, of which no class passes
+        students.append(Output(*(x.requires_grad_() for x in student)))
     views = [outputs(len(batches[number // 3].observed), 1.0) for number in range(6)]
     aim = Objective(options, fusion, thresholds, Ranks(0, 1, CPU))
 
@@ -193,6 +195,9 @@ def test_parts_equal_the_plain_loops_when_rows_are_missing_and_a_class_lacks_neg
     assert {name: 7 * part.item() for name, part in step.parts.items()} == pytest.approx(expected, rel=1e-4)
     rest = sum(expected[name] * weight for name, weight in zip(PARTS.values(), (1, 1, 3), strict=True))
     assert step.loss.item() == pytest.approx((expected["supervised"] + 0.125 * rest) / 7, rel=1e-4)
+    weak, medium, _ = torch.sigmoid(scene.students[place].logits).chunk(3)
+    for view, row in ((weak, 0), (medium, 1)):
+        assert (view[row] < scene.aim.thresholds.thresholds()).all()
 
 
 def test_confidence_is_the_fusions_of_the_medium_view_when_all_samples_of_the_step_are_neighbours() -> None:
