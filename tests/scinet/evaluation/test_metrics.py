@@ -112,6 +112,12 @@ def test_average_precision_is_none_when_no_positive_is_known() -> None:
     assert average_precision(torch.zeros(0), torch.zeros(0, dtype=torch.bool)) is None
 
 
+def test_unknown_cells_are_no_negatives_when_a_known_score_is_the_lowest_there_is() -> None:
+    scores, positive = torch.tensor([-math.inf, -math.inf, 0.0]), torch.tensor([True, False, False])
+    assert average_precision(scores, positive, torch.tensor([True, False, True])) == 0.5
+    assert average_precision(scores, positive) == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("num_images", [0, 3])
 def test_metrics_are_nan_and_json_null_when_no_class_has_a_positive(num_images: int) -> None:
     result = evaluate(torch.rand(num_images, 2), torch.full((num_images, 2), -1, dtype=torch.int8))
