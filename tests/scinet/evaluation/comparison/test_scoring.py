@@ -197,3 +197,15 @@ def test_classes_are_those_of_the_first_against_the_best_other(tmp_path: Path) -
     differences = [row["difference"] for row in found["rows"]]
     assert differences == sorted(differences, reverse=True)
     assert statistics.fmean(differences) > 0
+
+
+def test_seed_that_a_later_column_lacks_has_no_part_in_the_mean(tmp_path: Path) -> None:
+    wanted = make_plan(tmp_path)
+
+    def quality(cell: Cell) -> float | None:
+        return None if (cell.method, cell.column.name, cell.seed) == ("bce", "50% known", 1) else _quality(cell)
+
+    entries = make_entries(wanted, quality, TRUTH)
+    row = _row(_summary(wanted, entries), "bce", MEAN)
+    own = [_value(entries, "bce", column, 0) for column in ("10% known", "50% known")]
+    assert (row["num_seeds"], row["mean"]) == (1, pytest.approx(statistics.fmean(own)))

@@ -113,3 +113,29 @@ def test_cell_is_claimed_by_one_process_until_that_ends(store: Store) -> None:
         first.wait()
         with store.claimed(KEY) as is_ours:
             assert is_ours
+
+
+# whether another process, which takes milliseconds to start, could lock the byte of a cell
+TRY = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    for key in sys.argv[2:]:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(key[:15], 16))
+            print("free")
+        except OSError:
+            print("taken")
+"""
+
+
+def test_claim_is_one_cells_and_ends_with_its_use(store: Store) -> None:
+    other = "0f112233445566ff"
+
+    def look() -> list[str]:
+        command = [sys.executable, "-S", "-c", TRY, str(store.folder / ".cells.lock"), KEY, other]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    with store.claimed(KEY) as is_ours:
+        assert is_ours
+        assert look() == ["taken", "free"]
+    assert look() == ["free", "free"]
