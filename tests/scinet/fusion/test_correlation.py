@@ -221,7 +221,7 @@ def test_correlation_goes_on_equally_when_its_state_was_saved(*, needs_confidenc
     )
     confidence = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
     first.update(_observed(40, 3), confidence)
-    second.update(_observed(40, 3, seed=8), confidence)
+    second.update(_observed(25, 3, seed=8), confidence[:25])
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for tested in (first, second):
         tested.update(_observed(40, 3, seed=2), confidence)

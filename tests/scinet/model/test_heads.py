@@ -269,6 +269,16 @@ def test_positive_prompt_starts_at_the_words_and_the_negative_one_beside_them(ma
     assert apart.max() < 0.2
 
 
+@pytest.mark.parametrize("scale", [0.02, 1.0, 50.0])
+def test_negative_prompt_starts_a_tenth_of_the_words_own_deviation_away(scale: float) -> None:
+    words = scale * _random(40, 30)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = heads.DualPromptHead(words)
+    assert torch.equal(made.positive, words)
+    assert (made.negative - words).std().item() == pytest.approx(0.1 * words.std().item(), rel=0.1)
+
+
 @pytest.mark.parametrize("head", OF_REGIONS)
 def test_cached_regions_give_what_images_give(
     make_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch, head: Head
@@ -339,6 +349,7 @@ def test_untrained_classifier_is_the_prompts_whatever_the_head(make_backbone: Ma
     options = ModelOptions(head=head, freeze_image=True)
     plain = dataclasses.replace(options, head=Head.prompt)
     assert heads.untrained(plain) == plain
+    assert heads.untrained(options).bi_dominant is BiDominant.none  # whose attention would ask for a divisor
     with torch.random.fork_rng():
         found, want = (Network(make_backbone(), NAMES, o, top_k=2).eval() for o in (heads.untrained(options), plain))
     assert_close(found(_images()).logits, want(_images()).logits, rtol=1e-4, atol=1e-4)
