@@ -137,6 +137,18 @@ def test_order_is_the_one_that_earlier_runs_had() -> None:
     )
 
 
+def test_shards_come_in_another_order_in_every_epoch_and_seed_unless_nothing_is_shuffled() -> None:
+    def shards(seed: int, epoch: int, window: int = 4) -> list[int]:
+        return [part.shard for part in lane_parts([3] * 8, Order(seed, epoch, 1, window), 0)]
+
+    orders = [shards(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len({tuple(order) for order in (*orders, list(range(8)))}) == 5
+    assert shards(1, 1, window=0) == list(range(8))
+    # written down from the first release, as the order of samples
+    assert shards(3, 1) == [3, 1, 4, 5, 0, 6, 2, 7]
+
+
 def test_shards_before_the_windows_are_not_opened_when_a_pass_begins_late() -> None:
     card = _card([10] * 40)
     order = Order(0, 0, lanes=2, shuffle_window=5)
