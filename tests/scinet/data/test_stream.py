@@ -7,6 +7,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from scinet.data.card import DataCard
-from scinet.data.stream import Order, SampleStream, StoredSample, read_evenly
+from scinet.data.stream import Order, SampleStream, StoredSample, check_skipped, read_evenly
 from scinet.errors import DataError
 from tests.scinet.conftest import MakeShards
 
@@ -218,3 +219,25 @@ def _second_truncated(make_shards: MakeShards) -> DataCard:
 def test_transform_is_applied_when_given(shards: DataCard) -> None:
     lengths = SampleStream(shards, "train", ORDER, transform=lambda sample: len(sample.image))
     assert all(isinstance(length, int) and length > 0 for length in lengths)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "read", "fraction", "is_too_many"),
+    [
+        (0, 0, 0.0, False),
+        (1, 1, 0.0, False),  # one among the first hundred is forgiven
+        (1, 100, 0.001, False),
+        (1, 101, 0.001, True),
+        (1, 1000, 0.001, False),  # as many as allowed
+        (2, 100, 0.02, False),
+        (2, 99, 0.02, True),
+        (2, 100, 0.0, True),
+        (9, 10, 1.0, False),
+    ],
+)
+def test_bad_samples_are_too_many_beyond_their_share(
+    skipped: int, read: int, fraction: float, is_too_many: bool
+) -> None:
+    expected = pytest.raises(DataError, match=f"{skipped} of {read} samples") if is_too_many else nullcontext()
+    with expected:
+        check_skipped(skipped, read, fraction)
