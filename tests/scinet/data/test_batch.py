@@ -291,6 +291,66 @@ def test_feature_batch_holds_the_sample_it_names_when_read(features: Features) -
             assert (variants == batch.inputs[view * 29 + row]).all(1).any()
 
 
+@pytest.mark.parametrize("names", [("weak",), ("strong",), ("weak", "strong"), ("strong", "medium", "weak")])
+def test_feature_batch_has_the_named_views_each_of_a_variant_of_its_own(
+    features: Features, names: tuple[str, ...]
+) -> None:
+    source = FeatureBatches(features, MASK, names, Share(0, 1, 29, 1), seed=5)
+    (batch,) = source.epoch(0)
+    drawn = []
+    for row, name in enumerate(batch.ids):
+        variants = features.random[features.ids.index(name)].float()
+        for place, view in enumerate(VIEW_NAMES.index(name) for name in names):
+            same = (variants[:, view] == batch.inputs[place * 29 + row]).flatten(1).all(1)
+            assert same.sum() == 1, "the view that is named, in one variant"
+            drawn.append(int(same.int().argmax()))
+    assert set(drawn) == {0, 1, 2, 3}
+    rows = torch.tensor(drawn).view(29, len(names))
+    assert len(names) == 1 or not torch.equal(rows[:, 0], rows[:, 1])
+
+
+def test_source_says_whether_a_row_may_be_without_a_sample(shards: DataCard, features: Features) -> None:
+    skip = dataclasses.replace(OPTIONS, on_bad_sample=OnBadSample.skip)
+    missing = dataclasses.replace(features, index=features.index.index_fill(0, torch.tensor([3]), -1))
+    for trains_last in (True, False):
+        share = Share(0, 1, 6, 1, trains_last=trains_last)
+
+        def from_images(options: DataOptions, share: Share = share) -> bool:
+            return ImageBatches(shards, options, VIEWS, ("weak",), share, seed=5).has_gaps
+
+        def from_features(found: Features, share: Share = share) -> bool:
+            return FeatureBatches(found, MASK, VIEW_NAMES, share, seed=5).has_gaps
+
+        assert (from_images(OPTIONS), from_images(skip)) == (trains_last, True)
+        assert (from_features(features), from_features(missing)) == (trains_last, True)
+
+
+def test_seed_decides_the_order_of_features_and_their_variants(features: Features) -> None:
+    first, again, other = (
+        _samples(FeatureBatches(features, MASK, VIEW_NAMES, Share(0, 1, 29, 1), seed=seed), 3) for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert [row[0] for row in first] != [row[0] for row in other]
+    assert sorted(map(str, first)) != sorted(map(str, other))
+
+
+@pytest.mark.parametrize("kind", ["images", "features"])
+def test_mask_is_drawn_by_its_own_seed(shards: DataCard, features: Features, kind: str) -> None:
+    def observed(mask_seed: int, seed: int) -> dict[str, list[int]]:
+        options = dataclasses.replace(OPTIONS, mask_seed=mask_seed)
+        share = Share(0, 1, 29, 1)
+        source: BatchSource = (
+            ImageBatches(shards, options, VIEWS, ("weak",), share, seed=seed)
+            if kind == "images"
+            else FeatureBatches(features, Mask(options, COUNTS), VIEW_NAMES, share, seed=seed)
+        )
+        (batch,) = source.epoch(0)
+        return dict(zip(batch.ids, batch.observed.tolist(), strict=True))
+
+    assert observed(0, 5) == observed(0, 6)
+    assert observed(0, 5) != observed(1, 5)
+
+
 def test_epochs_differ_in_order_and_variants_when_they_follow_each_other(features: Features) -> None:
     source = FeatureBatches(features, MASK, VIEW_NAMES, Share(0, 1, 29, 1), seed=5)
     first, second, again = (_samples(source, 3, epoch) for epoch in (0, 1, 0))
