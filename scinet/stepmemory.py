@@ -126,12 +126,6 @@ class _Step:
     def _element_size(self) -> int:
         return 2 if uses_bf16(self.options, self.device) else _FP32
 
-    @property
-    def _reads_prompts(self) -> bool:
-        """Whether a step passes the prompts through the text tower."""
-        model = self.options.model
-        return model.head is Head.dualcoop or (model.head.is_prompted and model.prompt is Prompt.learned)
-
     @cached_property
     def _num_tokens(self) -> int:
         longest = sorted(self.class_names, key=len)[-_NUM_LONGEST:]
@@ -156,7 +150,7 @@ class _Step:
         return self._image_pass.side**2 if has_map or model.head.needs_regions else 0
 
     def _text(self) -> _Taken:
-        if not self._reads_prompts:
+        if not _reads_prompts(self.options.model):
             return _Taken(0)
         found, size = self._prompt_pass, _FP32 * self._num_classes
         times = 2 if self.options.model.head is Head.dualcoop else 1
@@ -176,31 +170,39 @@ class _Step:
         return _Taken(size * found.kept)
 
     def _passing(self) -> int:
-        """Return the highest point of passes that keep nothing: input, norm, activation and output of the largest."""
-        model, found = self.options.model, []
+        """Return the highest point of passes that keep nothing, where an output is largest."""
+        model, highest = self.options.model, 0
         if not self.options.data.cache_features:
             keeps_little = model.freeze_image or model.activation_checkpointing
-            found.append(self._image_pass.largest * (self._num_images if keeps_little else self._samples))
-        if self._reads_prompts:
-            found.append(self._prompt_pass.largest * self._num_classes)
-        return max(found, default=0) * _FP32 * 7 // 2
+            # a convolution's input and output, what the norm and the activation make of it
+            highest = self._image_pass.largest * (self._num_images if keeps_little else self._samples) * 7 // 2
+        asks_untrained = self.options.method is Method.vlpl and _reads_prompts(heads.untrained(model))
+        if asks_untrained or _reads_prompts(model):
+            # a linear layer's input and output, the activation, and what they will be added to
+            highest = max(highest, self._prompt_pass.largest * self._num_classes * 11 // 4)
+        return _FP32 * highest
 
     def _head(self) -> _Taken:
-        """Return what is taken behind the trunk: projection, head, and the label graph."""
+        """Return what is taken behind the trunk: projection, head, and the label graph.
+
+        A product that trains keeps both factors, a unit vector the vector that it was made of.
+        """
         model = self.options.model
         images, classes, width, regions = self._num_images, self._num_classes, self.backbone.width, self._num_regions
         image, text, seen = images * width, classes * width, images * regions * width
         cells = images * regions * classes
         # regions lie scattered in what the trunk or the cache gives: the projection copies them
         scattered = images * regions * self.backbone.feature_width
-        kept, forward, backward = 2 * image, 0, 0
+        kept, forward, backward = 2 * image, 0, 0  # embeddings, and on unit length
         if not self.options.data.cache_features:
             kept += images * self.backbone.feature_width
         if model.head.is_prompted:
+            # the graph: its input, and twice two tensors that are 2 D wide
             kept += 2 * text + (9 * text if model.label_graph else 0)
         if model.head is Head.prompt and model.bi_dominant is BiDominant.late:
+            # keys and values of classes; queries, answers, gates, sums and products of images
             kept += 9 * image + 4 * images * classes + 2 * text
-            if regions:  # every class attends to the regions of every image
+            if regions:  # every class attends to the regions of every image: N x C x D answers, gates and sums
                 kept += 3 * (image + seen) + 3 * images * text + scattered + seen
                 forward, backward = images * text, 3 * images * text
         elif model.head is Head.prompt_regions:
@@ -211,6 +213,7 @@ class _Step:
             kept, backward = kept + scattered + 3 * seen + 4 * cells, 2 * seen
         elif model.head is Head.ml_decoder:
             queries = images * self._num_queries
+            # embedded regions, keys and values; around the attention, norms and the layer inside
             kept += scattered + 4 * seen + queries * (5 * width + heads.HIDDEN)
             forward, backward = queries * max(0, heads.HIDDEN - 2 * width), 2 * queries * heads.HIDDEN
         else:
@@ -299,3 +302,8 @@ class _Step:
         text = self.backbone.text
         width = next(part.embedding_dim for part in text.modules() if isinstance(part, nn.Embedding))
         return text.count_words(self.options.model.context) * width
+
+
+def _reads_prompts(model: ModelOptions) -> bool:
+    """Return whether a step passes the prompts through the text tower."""
+    return model.head is Head.dualcoop or (model.head.is_prompted and model.prompt is Prompt.learned)

@@ -21,6 +21,7 @@ from scinet.rehearsal import LiveBytes, Rehearsal, rehearse
 
 NAMES = ("cat", "dog", "owl", "barn owl")
 FINE_TUNED = ("model.image_size=64", "train.global_batch_size=4")
+CACHED = ("model.freeze_image=true", "data.cache_features=true")
 
 
 def _options(*overrides: str) -> Options:
@@ -53,7 +54,7 @@ def _kept(network: Network, inputs: Tensor, own: set[int]) -> int:
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("freezes", ["true", "false"])
+@pytest.mark.parametrize("freezes", [pytest.param("true", marks=pytest.mark.nightly), "false"])
 def test_kept_bytes_are_those_of_a_real_pass(freezes: str) -> None:
     options = _options(f"model.freeze_image={freezes}")
     network = Network(_towers(options.model.freeze_image), NAMES, options.model, top_k=20).train()
@@ -65,6 +66,7 @@ def test_kept_bytes_are_those_of_a_real_pass(freezes: str) -> None:
     assert found.text + found.student == pytest.approx(_kept(network, inputs, own), rel=0.1)
 
 
+@pytest.mark.nightly
 def test_kept_bytes_are_those_of_a_real_pass_when_blocks_recompute() -> None:
     options = _options("model.activation_checkpointing=true")
     towers = copy.deepcopy(_towers())  # a network that recomputes lets its text tower do so for all who share it
@@ -74,8 +76,7 @@ def test_kept_bytes_are_those_of_a_real_pass_when_blocks_recompute() -> None:
         network(inputs)  # from now on it knows the weights
         kept = live.kept_by(lambda: network(inputs))
     found, plain = _rehearse("model.activation_checkpointing=true"), _rehearse()
-    # a fake projection's weight counts as kept
-    assert found.text + found.student == pytest.approx(kept, abs=2**21)
+    assert found.text + found.student == pytest.approx(kept, abs=2**20)
     assert found.student < 0.5 * plain.student
     # a stage is recomputed at a time
     assert plain.backward < found.backward < 0.5 * plain.student
@@ -83,13 +84,15 @@ def test_kept_bytes_are_those_of_a_real_pass_when_blocks_recompute() -> None:
 
 
 def test_images_count_in_proportion_and_prompts_do_not() -> None:
-    four, eight = _rehearse(), _rehearse("train.global_batch_size=8")
-    assert eight.text == four.text > 0
-    assert eight.student == pytest.approx(2 * four.student, rel=0.05)
+    few, many = (_rehearse(*CACHED, f"train.global_batch_size={size}") for size in (64, 128))
+    assert many.text == few.text > 0
+    assert many.student == pytest.approx(2 * few.student, rel=0.05)
 
 
 def test_ranks_and_accumulation_divide_the_images() -> None:
-    whole, shared, taken = _rehearse(), _rehearse(world_size=2), _rehearse("train.accumulation_steps=2")
+    words = (*CACHED, "train.global_batch_size=128")
+    whole, shared = _rehearse(*words), _rehearse(*words, world_size=2)
+    taken = _rehearse(*words, "train.accumulation_steps=2")
     assert shared.student == taken.student == pytest.approx(whole.student / 2, rel=0.05)
     # every rank fuses with the rows of all
     assert shared.gathered == taken.gathered >= whole.gathered > 0
@@ -100,23 +103,24 @@ def test_trainable_elements_are_the_networks() -> None:
     found = _rehearse()
     assert found.num_parameters == sum(p.numel() for p in network.parameters())
     assert found.element_size == 4
-    assert _rehearse("train.precision=bf16").element_size == 2
-    assert _rehearse(device="cuda").element_size == 2
+    assert _rehearse(*CACHED, "train.precision=bf16").element_size == 2
+    assert _rehearse(*CACHED, device="cuda").element_size == 2
 
 
 def test_teacher_is_the_trainable_weights_in_fp32() -> None:
     for precision in ("fp32", "bf16"):
-        found = _rehearse(f"train.precision={precision}")
+        found = _rehearse(*CACHED, f"train.precision={precision}")
         assert found.teacher == pytest.approx(4 * found.num_parameters, rel=0.02)
-    assert _rehearse("method=bce").teacher > 0  # its average is what is evaluated
+    assert _rehearse(*CACHED, "method=bce").teacher > 0  # its average is what is evaluated
 
 
 def test_confidence_needs_more_when_the_bank_is_larger() -> None:
-    small, large = (_rehearse(f"fusion.bank_size={size}").fusion for size in (1024, 16384))
+    small, large = (_rehearse(*CACHED, f"fusion.bank_size={size}").fusion for size in (1024, 16384))
     # candidates: embeddings, ids, labels, and two columns a class that are propagated
     assert large - small > 15360 * (4 * 384 + 8)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -143,7 +147,7 @@ def test_rehearsing_changes_neither_towers_nor_random_numbers() -> None:
     assert all(torch.equal(value, tensors[name]) for name, value in _towers().image.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["RN101", "ViT-B-16"])
 def test_towers_without_weights_are_rehearsed_as_those_with(name: str, tmp_path: Path) -> None:
     options = _options(f"model.backbone={name}", "model.pretrained=openai", "model.image_size=224")
@@ -154,9 +158,7 @@ def test_towers_without_weights_are_rehearsed_as_those_with(name: str, tmp_path:
     assert found.student > 500 * 2**20
 
 
-CACHED = ("model.freeze_image=true", "data.cache_features=true")
-
-
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", [method.value for method in Method if method is not Method.zero_shot])
 def test_step_of_every_method_is_rehearsed(method: str) -> None:
     own = ("model.head=dualcoop", "data.cached_regions=2") if method == "dualcoop" else ()
@@ -175,6 +177,7 @@ def test_global_batch_is_gathered_only_where_a_method_looks_at_it() -> None:
     assert min(sizes["ll_r"], sizes["scinet"]) >= 64 * len(NAMES) * 4  # a float for each of the batch's labels
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("head", ["prompt_regions", "linear", "cam", "ml_decoder", "dualcoop"])
 @pytest.mark.parametrize("overrides", [(), (*CACHED, "data.cached_regions=2")])
 def test_step_of_every_head_is_rehearsed(head: str, overrides: tuple[str, ...]) -> None:
