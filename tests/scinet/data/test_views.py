@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from torchvision.transforms import v2
 
-from scinet.data.views import VIEW_NAMES, Normalisation, Views, crop_box, cutout_box, decode
+from scinet.data import views as views_module
+from scinet.data.views import VIEW_NAMES, Box, Normalisation, Views, crop_box, cutout_box, decode
 from scinet.errors import DataError
 from tests.scinet.conftest import MakeImage
 
@@ -230,3 +232,27 @@ def test_drawn_views_are_the_normalised_ones_when_they_are_drawn_together(views:
     views.normalise(drawn, together)
     for view, name in zip(together, VIEW_NAMES, strict=True):
         assert torch.equal(view, _draw(views, image, name))
+
+
+def test_every_view_has_a_crop_and_a_flip_of_its_own(
+    views: Views, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes: list[Box] = []
+
+    def keep(*arguments: Any) -> Box:
+        boxes.append(crop_box(*arguments))
+        return boxes[-1]
+
+    monkeypatch.setattr(views_module, "crop_box", keep)
+    for sample_id in ("a", "b"):
+        views.draw(image, VIEW_NAMES, seed=1, epoch=2, sample_id=sample_id)
+    assert len(boxes) == len(set(boxes)) == 6
+
+
+def test_views_are_augmented_as_strongly_as_they_are_called(views: Views, image: Tensor) -> None:
+    assert {name: operation.num_ops for name, operation in views._augment.items()} == {"medium": 1, "strong": 3}
+    cutouts = [views.draw(image, VIEW_NAMES, seed=0, epoch=0, sample_id=str(number)).cutouts for number in range(20)]
+    weak, medium, strong = zip(*cutouts, strict=True)
+    assert set(weak) == set(medium) == {None}
+    assert None not in strong
+    assert len(set(strong)) > 10
