@@ -184,6 +184,7 @@ class Walk:
                 tile = Tile(row, row_end, first, column_end, mirror)
                 left = self._pack(self._left, self.problem.queries, tile.rows, is_left=True)
                 exponents = torch.mm(left, right[first - column :].T, out=self.buffer(0, tile))
+                exponents.clamp_(max=0)  # rounding: a narrow bandwidth would make it an enormous weight
                 self._mask(exponents, tile)
                 yield tile, left, right[first - column :], exponents
 

@@ -217,6 +217,28 @@ def test_far_rows_average_correctly_when_their_weights_underflow() -> None:
             torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_key_at_exactly_the_radius_counts(dtype: torch.dtype, backend: str) -> None:
+    keys = torch.arange(4, dtype=dtype)[:, None]
+    options = {"keys": keys, "bandwidth": 1e6, "backend": backend}
+    for radius, shares in ((1.0, [1 / 2, 1 / 2, 0, 0]), (2.0, [1 / 3, 1 / 3, 1 / 3, 0]), (1.999, [1 / 2, 1 / 2, 0, 0])):
+        found = gaussian_propagate(keys[:1].clone(), torch.eye(4, dtype=dtype), radius=radius, **options)
+        torch.testing.assert_close(found, torch.tensor([shares], dtype=dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("one_bandwidth", [True, False])
+@pytest.mark.parametrize("bandwidth", [1e-3, 1e-5])
+def test_no_weight_exceeds_one_when_keys_repeat_the_queries(bandwidth: float, one_bandwidth: bool) -> None:
+    # rounding makes some distances of 0 negative, and a narrow bandwidth would make those enormous weights
+    x = torch.nn.functional.normalize(rows(0, 40, 64), dim=1).float()
+    narrow = torch.full((1 if one_bandwidth else 40,), bandwidth).squeeze()
+    mass = gaussian_mass(x, keys=x.clone(), bandwidth=narrow, backend="cpu")
+    assert (mass <= 1e-6).all()
+    result = gaussian_propagate(x, torch.eye(40), keys=x.clone(), bandwidth=narrow, backend="cpu")
+    torch.testing.assert_close(result, torch.eye(40))
+
+
 def test_half_inputs_and_mixed_dtypes_follow_the_reference() -> None:
     for dtype, values_dtype in ((torch.float16, torch.float16), (torch.bfloat16, torch.float32)):
         leaves = {"queries": rows(0, 30, 8, dtype=dtype), "values": rows(1, 40, 3, dtype=values_dtype)}
