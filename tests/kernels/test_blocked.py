@@ -217,6 +217,21 @@ def test_far_rows_average_correctly_when_their_weights_underflow() -> None:
             torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
 
 
+def test_many_weights_too_small_for_fp32_count_beside_one_that_is_hardly_larger() -> None:
+    # exp(-76) and 5,000 times exp(-87.2), each of them subnormal: together 7 % of the mass
+    keys = torch.cat([torch.tensor([[-(152**0.5)]]), torch.full((5000, 1), 174.4**0.5)])
+    values = (keys > 0).float()
+    found, exact = (
+        gaussian_propagate(torch.zeros(1, 1, dtype=dtype), values.to(dtype), keys=keys.to(dtype), **options)
+        for dtype, options in (
+            (torch.float32, {"bandwidth": 1.0, "backend": "cpu"}),
+            (torch.float64, {"bandwidth": 1.0, "backend": "reference"}),
+        )
+    )
+    assert 0.06 < exact.item() < 0.07
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_key_at_exactly_the_radius_counts(dtype: torch.dtype, backend: str) -> None:

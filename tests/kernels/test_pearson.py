@@ -194,6 +194,41 @@ def test_constant_columns_are_undefined_and_pass_no_gradient(constant: float, dt
         assert (one.correlation()[0][1] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "backend", "deviation", "is_defined"),
+    [
+        (torch.float64, "reference", 2e-6, True),
+        (torch.float64, "reference", 5e-7, False),
+        (torch.float64, "cpu", 2e-6, True),
+        (torch.float32, "reference", 1e-3, True),
+        (torch.float32, "cpu", 8e-3, True),
+        (torch.float32, "cpu", 4e-3, False),
+    ],
+)
+def test_a_column_varies_when_its_deviation_is_above_the_documented_share_of_its_distance_to_the_mean(
+    dtype: torch.dtype, backend: str, deviation: float, is_defined: bool
+) -> None:
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64).repeat(100)
+    beside = torch.arange(800) < 400
+    first = torch.where(beside, 1 + deviation * sign, -1)  # the overall mean is 0, the one beside the second column 1
+    known = torch.stack([torch.ones(800, dtype=torch.bool), beside], 1)
+    values = torch.stack([first, sign], 1).to(dtype)
+    state = PearsonState(2, backend=backend)
+    state.update(values, known)
+    for correlation in (pearson(values, known, backend=backend)[0], state.correlation()[0]):
+        assert correlation[0, 1].item() == pytest.approx(1.0 if is_defined else 0.0, abs=0.02)
+
+
+@ON_BOTH
+def test_correlation_stays_within_one_when_columns_are_multiples(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        column = torch.randn(30, 1, generator=generator, dtype=torch.float64)
+        correlation, _ = pearson(column * torch.tensor([1.0, 0.1, -3.7, 1e3]), backend=backend)
+        assert (correlation.abs() <= 1).all()
+        torch.testing.assert_close(correlation.abs(), torch.ones(4, 4, dtype=torch.float64))
+
+
 @ON_BOTH
 def test_a_column_that_is_constant_only_beside_another_is_undefined_only_there(backend: str) -> None:
     values = torch.tensor([[1.0, 0], [1, 1], [1, 3], [0, 9], [0, 9]])

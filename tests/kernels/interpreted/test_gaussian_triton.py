@@ -141,6 +141,13 @@ def test_far_rows_average_correctly_when_their_own_row_does_not_count(left_out_b
     torch.testing.assert_close(mass, gaussian_mass(x.double(), **options), rtol=1e-5, atol=1e-5)
 
 
+def test_key_at_exactly_the_radius_counts() -> None:
+    keys = torch.arange(4.0, device=DEVICE)[:, None]
+    options = {"keys": keys, "bandwidth": 1e6, "radius": 2.0, "backend": "triton"}
+    found = gaussian_propagate(keys[:1].clone(), torch.eye(4, device=DEVICE), **options).cpu()
+    torch.testing.assert_close(found, torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0]]), rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_has_weight_one_on_itself_when_the_bandwidth_is_tiny() -> None:
     x = (rows(0, 20, 64) + 3).float().to(DEVICE)
     assert (gaussian_mass(x, bandwidth=1e-3, backend="triton") == 0).all()
