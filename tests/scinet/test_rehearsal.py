@@ -20,7 +20,7 @@ from scinet.paths import cache_directory
 from scinet.rehearsal import LiveBytes, Rehearsal, rehearse
 
 NAMES = ("cat", "dog", "owl", "barn owl")
-FINE_TUNED = ("model.image_size=64", "train.global_batch_size=4")
+FINE_TUNED = ("model.backbone=debug", "model.image_size=64", "train.global_batch_size=4")
 CACHED = ("model.freeze_image=true", "data.cache_features=true")
 
 
@@ -117,7 +117,7 @@ def test_teacher_is_the_trainable_weights_in_fp32() -> None:
 def test_confidence_needs_more_when_the_bank_is_larger() -> None:
     small, large = (_rehearse(*CACHED, f"fusion.bank_size={size}").fusion for size in (1024, 16384))
     # candidates: embeddings, ids, labels, and two columns a class that are propagated
-    assert large - small > 15360 * (4 * 384 + 8)
+    assert large - small > 15360 * (4 * _towers().width + 8)
 
 
 @pytest.mark.nightly
@@ -193,7 +193,7 @@ def test_step_of_every_head_is_rehearsed(head: str, overrides: tuple[str, ...]) 
 def test_regions_of_images_are_kept_for_backward() -> None:
     small, large = (_rehearse("model.head=ml_decoder", *CACHED, f"data.cached_regions={side}") for side in (2, 6))
     # at least keys and values of 32 more regions in three views of four samples
-    assert large.student - small.student > 2 * 4 * 384 * 32 * 3 * 4
+    assert large.student - small.student > 2 * 4 * _towers().width * 32 * 3 * 4
 
 
 def test_untrained_network_of_vlpl_is_counted() -> None:
