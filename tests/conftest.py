@@ -21,6 +21,7 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command sets it, for ranks that are forked
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         patch.chdir(ROOT)
         yield
@@ -56,12 +57,13 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
 
 @pytest.fixture(scope="session")
 def small(scenes: Path) -> tuple[str, ...]:
-    """The quickstart, cut down to two steps."""
+    """The quickstart, cut down to two steps of small random towers."""
     return (
         "--config",
         str(ROOT / "configs/quickstart.yaml"),
         f"data.path={scenes}",
         "baseline=",
+        "model.backbone=debug",
         "model.image_size=64",
         "train.global_batch_size=16",
         "train.max_steps=2",

@@ -37,6 +37,7 @@ def on_features(scenes: Path) -> tuple[str, ...]:
     """Overrides that train on cached features of the small data set, a step in a fraction of a second."""
     return (
         f"data.path={scenes}",
+        "model.backbone=debug",
         "data.cached_variants=2",
         "data.cache_features=true",
         "model.freeze_image=true",
@@ -85,8 +86,9 @@ def own_scenes(scenes: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, launch: Launch, small: tuple[str, ...]) -> Path:
-    """A finished run, started as the README says."""
+    """A finished run of the embedded towers, started as the README says."""
     output = tmp_path_factory.mktemp("runs")
-    done = launch("deepspeed", "scinet/train.py", *small, f"output={output}", "name=trained")
+    words = (*small, "model.backbone=embedded", f"output={output}", "name=trained")
+    done = launch("deepspeed", "scinet/train.py", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return output / "trained"

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,17 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
+from scinet.distributed import Ranks, from_first_rank, gather_objects, wait_for_all
+from scinet.errors import ConfigError
+from scinet.options import Options, Prometheus, TelemetryOptions
 from scinet.rundir import RunDirectory
+from scinet.telemetry.observer import Standing
+from scinet.telemetry.station import Station
+from tests import ranks as forked
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("worker_telemetry.py")
 STEPS = 25
 CLOCKS = {"samples_per_second", "data_wait_share"}
 LONGEST_S = 240
@@ -223,10 +228,32 @@ def test_training_is_bit_equal_when_nobody_is_told(
         assert [name for name in want if not torch.equal(got[name].nan_to_num(7.0), want[name].nan_to_num(7.0))] == []
 
 
-def test_every_rank_serves_its_own_when_asked_to(launch: Any, tmp_path: Path) -> None:
-    done = launch("torchrun", "--nproc-per-node", 2, WORKER, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads((tmp_path / "seen.json").read_text())
+def _serve(ranks: Ranks, out: Path) -> dict[str, Any]:
+    """Serve every rank's own figures, look at them from rank 0, and let a port be taken that only rank 1 wants."""
+    options = replace(Options(), telemetry=TelemetryOptions(prometheus=Prometheus.every_rank))
+    directory = RunDirectory(out)
+    targets, texts = [], []
+    with Station(options, ranks, directory) as station:
+        station.begin(Standing(0, 10, 0, 0, 0, 0), lambda _: None)
+        if ranks.is_first:
+            targets = json.loads(directory.targets.read_text())
+            for entry in targets:
+                with urllib.request.urlopen(f"http://{entry['targets'][0]}/metrics", timeout=60) as answer:
+                    texts.append(answer.read().decode())
+        wait_for_all(ranks)
+    refusal = ""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = from_first_rank(lambda: taken.getsockname()[1], ranks)
+        try:
+            Station(replace(options, telemetry=replace(options.telemetry, port=port - 1)), ranks, directory)
+        except ConfigError as error:
+            refusal = str(error)
+        refusals = gather_objects([refusal], ranks)
+    return {"targets": targets, "texts": texts, "refusals": refusals, "taken": port}
+
+
+def test_every_rank_serves_its_own_when_asked_to(tmp_path: Path) -> None:
+    seen = forked.run(_serve, tmp_path / "run", size=2)[0]
     entries, texts = seen["targets"], seen["texts"]
     assert [entry["labels"] for entry in entries] == [{"run": "run", "rank": "0"}, {"run": "run", "rank": "1"}]
     ports = [int(entry["targets"][0].rpartition(":")[2]) for entry in entries]
