@@ -3,9 +3,12 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAGE := .ci/stage
 QUICKSTART ?= runs/quickstart
+CORES := $(shell nproc)
+# a file's tests share what they start, so they stay together; those that start processes come first (tests/conftest.py)
+SPREAD := -n $(CORES) --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help setup quickstart test lint types layers spelling interpreted tests faults format clean
+.PHONY: help setup quickstart test checks lint types layers spelling interpreted tests alone nightly faults format clean
 
 help: ## show these lines
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -24,7 +27,11 @@ quickstart: setup ## train SCINet and a baseline on the embedded data, and write
 		--config configs/quickstart.yaml baseline=$(QUICKSTART)-baseline --resume auto
 	@$(BIN)/scinet show --run $(QUICKSTART)
 
-test: setup lint types layers spelling interpreted tests ## every check, as in CI
+test: setup ## every check, as in CI (about 15 minutes on two cores)
+	@.ci/beside "$(MAKE) --no-print-directory checks interpreted" "$(MAKE) --no-print-directory tests"
+	@$(MAKE) --no-print-directory alone
+
+checks: lint types layers spelling
 
 lint: setup
 	@$(STAGE) "lint (ruff)" $(BIN)/ruff check .
@@ -43,7 +50,15 @@ interpreted: setup ## Triton kernels in the interpreter, which wants a process o
 	@$(STAGE) "kernels (Triton's interpreter)" env TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter tests/kernels/interpreted
 
 tests: setup
-	@$(STAGE) "tests (pytest)" $(BIN)/pytest --durations=10
+	@$(STAGE) "tests (pytest on $(CORES) cores)" $(BIN)/pytest $(SPREAD) -m "not nightly and not alone" --durations=15
+
+alone: setup ## tests that want the machine to themselves
+	@$(STAGE) "tests that run alone (pytest)" $(BIN)/pytest -m "alone and not nightly" --durations=5
+
+nightly: setup ## what is too long for `make test`: whole matrices, soak, hosts, planted faults (hours)
+	@$(STAGE) "nightly (pytest on $(CORES) cores)" $(BIN)/pytest $(SPREAD) -m "nightly and not alone" --durations=30
+	@$(STAGE) "nightly, alone (pytest)" $(BIN)/pytest -m "nightly and alone" --durations=10
+	@$(STAGE) "planted faults" $(MAKE) --no-print-directory faults
 
 faults: setup ## plant each fault of tests/faults/*.toml in a copy, and see a test fail
 	@$(BIN)/python tests/faults/run.py $(FAULTS)

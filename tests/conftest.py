@@ -15,6 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that start processes first: the longest, so that no core waits for them in the end."""
+    long = {item.path for item in items if item.get_closest_marker("multiprocess")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of this session's own, one thread a process, and the repository root as the current folder."""

@@ -91,7 +91,6 @@ def test_packages_bear_no_name_of_another_distribution() -> None:
         assert {owner.lower() for owner in owners.get(package, [])} <= {"scinet"}
 
 
-@pytest.mark.slow
 def test_every_module_imports_in_a_fresh_interpreter_without_a_gpu() -> None:
     modules = _modules()
     assert len(modules) > 40
@@ -107,7 +106,6 @@ def test_every_module_imports_in_a_fresh_interpreter_without_a_gpu() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_other_packages_import_from_the_repository_root() -> None:
     done = _python("-c", "import transformers, open_clip; transformers.AutoModel; open_clip.list_models()")
     assert done.returncode == 0, done.stderr

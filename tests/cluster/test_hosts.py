@@ -16,7 +16,7 @@ import pytest
 
 from tests.cluster.hosts import Host, network
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.nightly, pytest.mark.alone]
 
 LAUNCH = (sys.executable, "-m", "scinet_cluster.launch")
 CLOCKS = {"samples_per_second", "data_wait_share"}

@@ -177,7 +177,7 @@ def test_every_alert_has_a_severity_and_says_what_to_do() -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_server_answers_what_the_run_wrote(watched: Watched) -> None:
     server = watched.server
     until(lambda: server.samples("rate(scinet_train_samples_total[20s]) > 0"), "throughput")
@@ -199,7 +199,7 @@ def test_server_answers_what_the_run_wrote(watched: Watched) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scraped_text_passes_promtool(watched: Watched) -> None:
     (target,) = watched.server.ask("targets", state="active")["activeTargets"]
     assert target["labels"] == {"instance": target["discoveredLabels"]["__address__"], "job": "scinet", "run": "live"}
@@ -218,7 +218,7 @@ def _filled_in(expression: str, *, rate_interval: str, run: str) -> str:
 # four scrapes, as Grafana takes, of a data source that scrapes each second and each minute
 @pytest.mark.parametrize(("rate_interval", "run"), [("4s", ".+"), ("4m0s", "(live|another)")])
 @pytest.mark.multiprocess
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_query_of_the_dashboard_has_data(watched: Watched, rate_interval: str, run: str) -> None:
     for panel in PANELS:
         for target in panel["targets"]:
@@ -234,7 +234,7 @@ def test_every_query_of_the_dashboard_has_data(watched: Watched, rate_interval: 
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_alerts_are_evaluated_and_know_only_metrics_that_exist(watched: Watched) -> None:
     server = watched.server
     (group,) = server.ask("rules")["groups"]
@@ -253,7 +253,7 @@ def test_all_alerts_are_evaluated_and_know_only_metrics_that_exist(watched: Watc
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_alerts_fire_when_a_rank_stops_and_when_the_run_is_killed(watched: Watched) -> None:
     server = watched.server
     watched.rank(1).send_signal(SIGSTOP)

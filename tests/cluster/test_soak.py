@@ -19,7 +19,8 @@ from scinet_cluster.soak_plan import Plan
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.alone
 def test_nothing_is_lost_when_every_fault_befalls_a_run(small: Sequence[str], launch: Any, tmp_path: Path) -> None:
     own = ("train.max_steps=0", "train.epochs=3", "data.workers=1", "data.cache_features=false")
     kills = len(Fault)

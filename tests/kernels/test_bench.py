@@ -55,7 +55,6 @@ def test_a_row_says_so_when_its_memory_could_not_be_measured(monkeypatch: pytest
     assert "killed" not in rows["ours (cpu)"].note
 
 
-@pytest.mark.slow
 def test_memory_of_a_stored_matrix_is_seen_from_outside() -> None:
     setting = dataclasses.replace(PROPAGATE, rows=2048, repeats=1)
     ours, stored = (bench._memory(name, setting) for name in ("ours (cpu)", "cdist + exp"))

@@ -7,7 +7,7 @@ import pytest
 from scinet_kernels import tiles
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's kernels cannot be compiled")
 def test_binaries_are_as_recorded_when_compiled_anew(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch

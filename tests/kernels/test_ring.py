@@ -269,7 +269,6 @@ def _work(rank: int, address: str) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_ranks_equal_one_process_when_their_keys_go_round(tmp_path_factory: pytest.TempPathFactory) -> None:
     address = str(tmp_path_factory.mktemp("gloo") / "store")
     mp.spawn(_work, args=(address,), nprocs=4)

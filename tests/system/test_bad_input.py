@@ -173,7 +173,6 @@ def test_image_that_cannot_be_decoded_is_named_with_its_shard(refused: Any, own_
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_error_of_the_second_rank_alone_is_said_once_and_nobody_waits(
     launch: Any, small: tuple[str, ...], own_scenes: Path, tmp_path: Path
 ) -> None:
@@ -190,7 +189,6 @@ def test_error_of_the_second_rank_alone_is_said_once_and_nobody_waits(
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_wrong_key_is_said_once_when_two_ranks_start(launch: Any, small: tuple[str, ...]) -> None:
     done = launch("torchrun", "--nproc-per-node", 2, "scinet/train.py", *small, "train.epoch=1", timeout_s=200)
     assert done.returncode != 0

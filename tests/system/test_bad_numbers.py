@@ -26,7 +26,7 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 from tests import ranks as forked
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
 STAGES = ("0", "3", pytest.param("2", marks=pytest.mark.nightly))
 STEPS = 7

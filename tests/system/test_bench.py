@@ -50,8 +50,8 @@ def test_bench_fusion_prints_a_table_and_writes_the_same_rows_as_json(scinet: An
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.json"]
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.nightly
 def test_bench_fusion_measures_memory_in_processes_of_its_own(scinet: Any) -> None:
     result = scinet("bench", "fusion", "--op", "pearson", *TINY)
     assert result.status == 0, result.err
@@ -87,7 +87,6 @@ def test_bench_fusion_says_when_a_gpu_is_needed(scinet: Any, words: tuple[str, .
     assert "GPU" in line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("data.cache_features=false", "model.freeze_image=false")])
 def test_bench_share_prints_the_shares(scinet: Any, scenes: Path, overrides: tuple[str, ...]) -> None:
     words = ("--config", ROOT / "configs/quickstart.yaml", f"data.path={scenes}", "model.image_size=64", *overrides)
@@ -148,7 +147,7 @@ def test_bench_plan_prints_bytes_and_times_for_every_number_of_ranks(scinet: Any
     assert "--gpus has 'eight'" in refused.err
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bench_plan_prints_the_lines_of_the_readme(scinet: Any) -> None:
     readme = (ROOT / "cluster/README.md").read_text()
     command = ("bench", "plan", "--config", "configs/coco2014.yaml", "--classes", "80")
@@ -161,8 +160,8 @@ def test_bench_plan_prints_the_lines_of_the_readme(scinet: Any) -> None:
     assert [line for line in lines if line not in readme.splitlines()] == []
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.nightly
 def test_bench_step_prints_ratios_and_what_a_real_run_waits_for(launch: Any, scenes: Path) -> None:
     words = ("--config", ROOT / "configs/quickstart.yaml", f"data.path={scenes}", "model.image_size=32")
     sizes = ("train.global_batch_size=4", "--repeats", 1, "--steps", 3, "--threads", 1, "--device", "cpu")
@@ -186,8 +185,8 @@ def test_bench_step_refuses_a_method_without_such_a_step(scinet: Any) -> None:
     assert "method=bce has no step to compare" in result.err
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.nightly
 def test_bench_ranks_prints_measured_and_planned_steps_of_every_stage(launch: Any, scenes: Path) -> None:
     words = ("--config", ROOT / "configs/quickstart.yaml", f"data.path={scenes}", "model.image_size=32")
     sizes = ("train.global_batch_size=4", "--repeats", 1, "--threads", 1)
@@ -199,7 +198,6 @@ def test_bench_ranks_prints_measured_and_planned_steps_of_every_stage(launch: An
     assert row[2].endswith(" us")
 
 
-@pytest.mark.slow
 def test_bench_scrape_prints_the_cost_of_a_scrape_for_each_number_of_ranks(
     launch: Any, on_features: tuple[str, ...]
 ) -> None:

@@ -75,7 +75,6 @@ def _error(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_killed_build_goes_on_and_ends_as_an_unbroken_one(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "scenes"
     first = start(out)
@@ -98,7 +97,6 @@ def test_killed_build_goes_on_and_ends_as_an_unbroken_one(start: Start, tmp_path
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_second_builder_is_refused_and_ctrl_c_keeps_what_is_finished(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "scenes"
     first = start(out)
@@ -117,7 +115,6 @@ def test_second_builder_is_refused_and_ctrl_c_keeps_what_is_finished(start: Star
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
 def test_death_of_a_worker_ends_in_a_sentence(start: Start, tmp_path: Path) -> None:
     out = tmp_path / "scenes"
     first = start(out)

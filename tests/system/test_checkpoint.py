@@ -22,7 +22,7 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 from tests import ranks as forked
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
 Ended = tuple[dict[str, Tensor], list[dict[str, Any]]]
 # checkpoints of two ranks, and the ranks and layouts that go on from them

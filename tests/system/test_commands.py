@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 
 from tests.scinet.data.failing_server import FailingServer
 
-pytestmark = pytest.mark.slow
-
 SMALLEST_RUN = ("config.yaml", "environment.json", "metrics.jsonl", "evaluation.json", "report.html", "checkpoints")
 STEP_KEYS = {
     "step",

@@ -21,7 +21,7 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 from tests import ranks as forked
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 FINE_TUNED = ("data.cache_features=false", "model.freeze_image=false", "model.image_size=64")

@@ -16,8 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 4
 STEPS_PER_EPOCH = 6  # five and a short one

@@ -29,7 +29,7 @@ from scinet.telemetry.observer import Standing
 from scinet.telemetry.station import Station
 from tests import ranks as forked
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 25

@@ -18,7 +18,7 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 from tests import ranks as forked
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
 # four ranks differ from two in the ring only
 KINDS = {2: ("bf16", "accumulated", "zoo"), 4: ("accumulated",)}

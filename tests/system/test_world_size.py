@@ -23,7 +23,7 @@ from scinet.telemetry import MetricsLog, Silence
 from scinet.trainer import Trainer
 from tests import ranks as forked
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
 Recorded = tuple[dict[str, Tensor], list[dict[str, Any]]]
 Record = Callable[[int, str], list[Recorded]]

@@ -21,7 +21,7 @@ from scinet.options import Options
 from scinet.telemetry import MetricsLog, Silence
 from tests import ranks as forked
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 
 TOLERANCE = 1e-5
 NORM_TOLERANCE = 5e-5  # plain PyTorch sums squares in fp32, which loses 2e-5 on the CPU

@@ -22,7 +22,7 @@ from scinet import config
 from scinet_cluster.addresses import free_port
 from scinet_cluster.sweeps.ledger import Ledger, State
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).resolve().parents[3]
 _LONGEST_S = 240
 _ONE_EPOCH = ("fixed.train.epochs=1", "stopping.grace_epochs=1")
@@ -217,6 +217,7 @@ def _is_rays(pid: int) -> bool:
         return False
 
 
+@pytest.mark.nightly
 def test_trials_run_over_two_nodes_and_go_on_when_one_dies(
     configuration: Callable[..., Path], tmp_path: Path, two_nodes: tuple[str, psutil.Process]
 ) -> None:

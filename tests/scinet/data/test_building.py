@@ -325,7 +325,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@pytest.mark.slow
 def test_memory_hardly_grows_when_records_are_many(tmp_path: Path) -> None:
     kilobytes = []
     for number in (20_000, 200_000):

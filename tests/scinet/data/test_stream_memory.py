@@ -52,7 +52,6 @@ def _shard(path: Path) -> None:
                 tar.addfile(info, io.BytesIO(content))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_does_not_grow_when_a_split_of_many_classes_is_streamed(tmp_path: Path) -> None:
     _shard(tmp_path / "0.tar")

@@ -63,7 +63,6 @@ def test_folder_is_refused_when_it_holds_no_weights(tmp_path: Path) -> None:
     assert "holds no weights" in _refusal(tmp_path, f"local-dir:{tmp_path}", "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
 def test_file_is_refused_when_it_holds_no_weights(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "weights.pt"
@@ -73,7 +72,6 @@ def test_file_is_refused_when_it_holds_no_weights(tmp_path: Path, content: bytes
     assert "cannot be had" in message
 
 
-@pytest.mark.slow
 def test_embedded_towers_see_and_read_when_loaded() -> None:
     loaded = backbone.load(ModelOptions(), cache_directory())
     assert (loaded.name, len(loaded.weights_sha256)) == ("embedded", 64)

@@ -86,7 +86,6 @@ def test_attention_equals_the_plain_loop_when_queries_are_shared() -> None:
             torch.testing.assert_close(got[image, query], expected.float())
 
 
-@pytest.mark.slow
 def test_learned_context_equals_the_fixed_prompt_when_the_towers_are_real() -> None:
     text = backbone.load(ModelOptions(), cache_directory()).text
     learned = Prompter(text, NAMES, ModelOptions(prompt=Prompt.learned))

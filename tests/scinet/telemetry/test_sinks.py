@@ -132,7 +132,6 @@ def _histories(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.slow
 def test_weights_and_biases_gets_each_step_once_in_one_run_when_it_is_resumed(tmp_path: Path) -> None:
     options = replace(Options(), name="some run", telemetry=replace(QUIET, wandb=True))
     _carry_out(options, tmp_path, 1, 5)

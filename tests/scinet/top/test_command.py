@@ -193,7 +193,6 @@ class Terminal:
         return status
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", ["q", "Ctrl-C"])
 def test_live_view_follows_a_run_until_a_key(run: RunDirectory, serve: Serve, key: str) -> None:
     announce(run, f"127.0.0.1:{serve(ok(FIGURES))}")
@@ -209,7 +208,6 @@ def test_live_view_follows_a_run_until_a_key(run: RunDirectory, serve: Serve, ke
         assert terminal.end() == 0
 
 
-@pytest.mark.slow
 def test_one_table_is_printed_on_a_terminal_when_it_is_asked_for_once(run: RunDirectory) -> None:
     with Terminal(80, run.path, "--once") as terminal:
         terminal.read_until("supervised")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from scinet.evaluation.metrics import evaluate
 from tests.scinet.evaluation.comparison.conftest import Compare
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).resolve().parents[4]
 COMMAND = (sys.executable, "-m", "scinet.cli", "compare", "--config")
 TABLES = {"comparison.json", "comparison.csv", "comparison.md", "comparison.html", "comparison-differences.svg"}
