@@ -57,6 +57,7 @@ def _ranks(number: int, times: list[list[float]], name: str) -> Figures:
         figures.checkpoint(2.0, is_written=True)
         figures.checkpoint(1.0, is_written=False)
         figures.stalled(0.5)
+        figures.stalled(0.25)
     return figures
 
 
@@ -102,7 +103,7 @@ def test_figures_of_the_run_are_those_of_its_rows_and_standing() -> None:
     assert plain["scinet_checkpoint_duration_seconds_count"] == 1
     assert plain["scinet_checkpoint_duration_seconds_sum"] == 2.0
     assert plain["scinet_checkpoint_failures_total"] == 1
-    assert plain["scinet_checkpoint_stall_seconds_total"] == 0.5
+    assert plain["scinet_checkpoint_stall_seconds_total"] == 0.75
     assert plain["scinet_holdout_best_mean_average_precision_ratio"] == 0.4
     name = "scinet_holdout_mean_average_precision_ratio"
     networks = {dict(labels)["network"]: value for (found_name, labels), value in found.items() if found_name == name}

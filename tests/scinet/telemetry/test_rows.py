@@ -55,3 +55,11 @@ def test_rows_wait_whole_while_the_disk_is_full(
     ]
     log.write({"step": 4})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_figures_that_are_not_finite_are_null_in_the_file(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    bad = {name: float(name) for name in ("nan", "inf", "-inf")}
+    log.write({"step": 1, "loss": 0.5, "none": None, **bad})
+    expected = {"step": 1, "loss": 0.5, "none": None, "nan": None, "inf": None, "-inf": None}
+    assert read_metrics(tmp_path / "metrics.jsonl") == log.rows == [expected]
