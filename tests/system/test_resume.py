@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from scinet import train
+from scinet.trainer import Trainer
+from tests import ranks as forked
+
 EPOCHS = 4
 STEPS_PER_EPOCH = 6  # five and a short one
 CLOCKS = {"samples_per_second", "data_wait_share"}
@@ -40,11 +41,25 @@ def words(small: tuple[str, ...], scenes: Path) -> tuple[str, ...]:
     )
 
 
+def _train(words: list[str], delay_s: float = 0.0) -> int:
+    """Run the training command; slowed down, a step takes longer than looking for its checkpoint."""
+    step = Trainer.train_step
+
+    def slow(self: Trainer, *arguments: Any) -> Any:
+        time.sleep(delay_s)
+        return step(self, *arguments)
+
+    with mock.patch.object(Trainer, "train_step", slow):
+        return train.main(words)
+
+
 @pytest.fixture(scope="module")
-def unbroken(words: tuple[str, ...], launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("unbroken")
-    done = launch(sys.executable, "scinet/train.py", *words, f"output={output}", "name=run")
-    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = forked.start(_train, [*words, f"output={output}", "name=run"], size=1)
+    status, lines = run.end(200)
+    run.kill()
+    assert status == 0, lines
     return output / "run"
 
 
@@ -58,17 +73,17 @@ def _saved_step(run: Path) -> int:
     return int(json.loads(path.read_text())["tag"].rpartition("-")[2]) if path.exists() else 0
 
 
-def _kill_after(step: int, command: list[str], run: Path, delay_s: float) -> None:
-    """Start a run and kill it, with all it started, some time after the checkpoint of a step."""
-    with (run.parent / "killed.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        end = time.monotonic() + 300
-        while _saved_step(run) < step and process.poll() is None and time.monotonic() < end:
+def _kill_after(step: int, words: list[str], run: Path, delay_s: float) -> None:
+    """Start a run and kill it some time after the checkpoint of a step."""
+    (process,) = forked.start(_train, words, 0.1, size=1)
+    try:
+        end = time.monotonic() + 200
+        while _saved_step(run) < step and process.process.is_alive() and time.monotonic() < end:
             time.sleep(0.005)
         time.sleep(delay_s)
-        assert process.poll() is None, (run.parent / "killed.log").read_text()[-3000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.process.is_alive(), process.log.read_text()[-3000:]
+    finally:
+        process.kill()
 
 
 def _assert_same(run: Path, unbroken: Path) -> None:
@@ -97,25 +112,11 @@ def test_run_ends_bit_equal_when_it_was_killed_within_an_epoch(
     step, delay_s = epoch * STEPS_PER_EPOCH + chance.choice([2, 4]), chance.random() * 0.05
     print(f"killed {delay_s:.3f} s after step {step}")
     run = tmp_path / "run"
-    command = [sys.executable, "scinet/train.py", *words, f"output={tmp_path}", "name=run"]
-    # slowed down, so that a step takes longer than looking for its checkpoint
-    _kill_after(step, [sys.executable, "-c", _SLOW, *command[2:]], run, delay_s)
+    own = [*words, f"output={tmp_path}", "name=run"]
+    _kill_after(step, own, run, delay_s)
     saved = _saved_step(run)
     assert step <= saved < (epoch + 1) * STEPS_PER_EPOCH, "the kill came within the epoch"
-    resumed = launch(*command, "resume=true", "data.workers=2")
+    resumed = launch(sys.executable, "scinet/train.py", *own, "resume=true", "data.workers=2")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert f"at step {saved}\n" in resumed.stderr
     _assert_same(run, unbroken)
-
-
-_SLOW = """
-import sys, time
-from scinet import train
-from scinet.trainer import Trainer
-step = Trainer.train_step
-def slow(self, *arguments):
-    time.sleep(0.1)
-    return step(self, *arguments)
-Trainer.train_step = slow
-sys.exit(train.main(sys.argv[1:]))
-"""
