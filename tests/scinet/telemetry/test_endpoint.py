@@ -54,6 +54,9 @@ def test_head_gives_the_size_alone(served: Endpoint) -> None:
     connection.request("HEAD", "/metrics", headers={"Host": "elsewhere.example"})
     answer = connection.getresponse()
     assert (answer.status, int(answer.headers["Content-Length"]), answer.read()) == (200, len(TEXT), b"")
+    # a client of HTTP looks for no body after a HEAD, and would take it for the next answer
+    for path in (b"/metrics", b"/x"):
+        assert served._answer(b"HEAD " + path + b" HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\n")
 
 
 @pytest.mark.parametrize(
