@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scinet_kernels import compiled_tiles, gaussian_mass, gaussian_propagate
+from scinet_kernels import blocked, compiled_tiles, gaussian_mass, gaussian_propagate
+from scinet_kernels.reference import Pairs
+from scinet_kernels.tiling import Problem
 from tests.kernels.inner_loops import inner_loops
 
 MODEST = settings(deadline=None, max_examples=60)
@@ -61,9 +63,9 @@ def both(
 
 
 def assert_equal(found: tuple[list[Tensor], list[Tensor]], tolerance: float = 1e-9) -> None:
-    for reference, blocked in zip(*found, strict=True):
-        assert blocked.dtype == reference.dtype
-        torch.testing.assert_close(blocked, reference, rtol=tolerance, atol=tolerance)
+    for exact, tiled in zip(*found, strict=True):
+        assert tiled.dtype == exact.dtype
+        torch.testing.assert_close(tiled, exact, rtol=tolerance, atol=tolerance)
 
 
 @given(
@@ -210,10 +212,10 @@ def test_far_rows_average_correctly_when_their_weights_underflow() -> None:
     leaves = {"queries": x, "values": rows(3, 24, 4).float(), "bandwidth": torch.tensor(0.3)}
     leaves["key_weights"] = rows(4, 24).abs().float()
     for bandwidth in (torch.tensor(0.3), torch.full((24,), 0.3)):
-        reference, blocked = both(leaves | {"bandwidth": bandwidth}, {"exclude_self": True}, workspace_bytes=4000)
-        assert reference[0].min() < -1000
-        assert torch.isfinite(reference[0]).all()
-        for exact, found in zip(reference, blocked, strict=True):
+        exact_ones, found_ones = both(leaves | {"bandwidth": bandwidth}, {"exclude_self": True}, workspace_bytes=4000)
+        assert exact_ones[0].min() < -1000
+        assert torch.isfinite(exact_ones[0]).all()
+        for exact, found in zip(exact_ones, found_ones, strict=True):
             torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
 
 
@@ -230,6 +232,16 @@ def test_many_weights_too_small_for_fp32_count_beside_one_that_is_hardly_larger(
     )
     assert 0.06 < exact.item() < 0.07
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("elsewhere", "is_nothing"), [(1.0, True), (2e-3, True), (5e-4, False), (1e-25, False)])
+def test_far_keys_of_a_shard_are_nothing_only_beside_much_elsewhere(elsewhere: float, is_nothing: bool) -> None:
+    queries, keys = torch.zeros(2, 1), torch.full((3, 1), 10.0)  # weights exp(-50): too small a sum to trust
+    problem = Problem(queries, keys, torch.ones(3, 1), torch.ones(1), Pairs(), None, 1 << 20)
+    problem = problem._replace(log_mass_elsewhere=torch.full((2,), math.log(elsewhere)))
+    result, log_mass, _ = blocked.forward(problem)
+    assert result[:, 0].tolist() == pytest.approx([0.0 if is_nothing else 1.0] * 2)
+    assert log_mass.tolist() == pytest.approx([-math.inf if is_nothing else math.log(3) - 50] * 2)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -259,9 +271,9 @@ def test_half_inputs_and_mixed_dtypes_follow_the_reference() -> None:
         leaves = {"queries": rows(0, 30, 8, dtype=dtype), "values": rows(1, 40, 3, dtype=values_dtype)}
         leaves["keys"] = rows(2, 40, 8, dtype=dtype)
         found = both(leaves, {"bandwidth": 0.8}, workspace_bytes=3000)
-        for reference, blocked in zip(*found, strict=True):
-            assert blocked.dtype == reference.dtype
-            torch.testing.assert_close(blocked.float(), reference.float(), rtol=1e-2, atol=1e-2)
+        for exact, tiled in zip(*found, strict=True):
+            assert tiled.dtype == exact.dtype
+            torch.testing.assert_close(tiled.float(), exact.float(), rtol=1e-2, atol=1e-2)
     wide = gaussian_propagate(rows(0, 9, 2).float(), rows(1, 9, 2), bandwidth=1.0, backend="cpu")
     assert wide.dtype == torch.float64
 
