@@ -153,6 +153,17 @@ def test_rows_are_read_anew_when_the_run_went_back(run: RunDirectory) -> None:
     assert (rows.step, rows.training) == (0, {})
 
 
+def test_rows_are_read_anew_when_the_run_went_back_and_has_come_further(run: RunDirectory) -> None:
+    rows = Rows(run.metrics)
+    rows.follow()
+    size = run.metrics.stat().st_size
+    part = run.metrics.with_name("part")
+    part.write_text('{"step": 3, "loss/total": 9.0}\n' + '{"step": 4, "loss/total": 8.0}\n' * size)
+    part.replace(run.metrics)
+    rows.follow()
+    assert (rows.step, rows.best_map, rows.holdout) == (4, None, {})
+
+
 def test_only_the_end_is_read_when_the_file_is_large(run: RunDirectory) -> None:
     with run.metrics.open("ab") as file:
         file.truncate(1 << 36)  # a hole, which no read of it all would survive
