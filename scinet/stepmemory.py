@@ -214,8 +214,10 @@ class _Step:
         elif model.head is Head.ml_decoder:
             queries = images * self._num_queries
             # embedded regions, keys and values; around the attention, norms and the layer inside
-            kept += scattered + 4 * seen + queries * (5 * width + heads.HIDDEN)
+            narrow = scattered + 4 * seen + queries * (5 * width + heads.HIDDEN)
             forward, backward = queries * max(0, heads.HIDDEN - 2 * width), 2 * queries * heads.HIDDEN
+            size = self._element_size  # of what this head's own layers take
+            return _Taken(_FP32 * kept + size * narrow, size * forward, size * backward)
         else:
             forward = scattered + seen  # projected, not looked at
         return _Taken(_FP32 * kept, _FP32 * forward, _FP32 * backward)
