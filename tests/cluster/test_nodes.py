@@ -171,6 +171,7 @@ def test_nodelist_is_refused_when_it_is_none(text: str) -> None:
 def test_nodes_are_pods_when_kubeflow_started_this() -> None:
     assert find(Wish(), POD) == Nodes((4, 4), 1, "t-master-0", 23456, None)
     assert find(Wish(), {**POD, "PET_NPROC_PER_NODE": "auto"}).ranks == (0, 0)
+    assert find(Wish(), {**POD, "PET_NODE_RANK": "0"}).node_rank == 0, "RANK is the operator's own count"
 
 
 def test_kubeflows_job_is_refused_when_it_is_elastic_or_has_no_master() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,27 @@ def test_line_that_no_sweep_wrote_is_named(sweep: Sweep) -> None:
     (sweep.folder / "trials.jsonl").write_text('{"number": "x"}\n')
     with pytest.raises(ConfigError, match=r"trials\.jsonl has a line that no sweep wrote"):
         Ledger(sweep.folder / "trials.jsonl")
+
+
+def test_line_is_whole_on_the_disk_before_a_trial_goes_on(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sweep.folder / "trials.jsonl"
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def look(handle: int) -> None:
+        fsync(handle)
+        flushed.append(path.read_text())
+
+    monkeypatch.setattr(os, "fsync", look)
+    Ledger(path).write(Trial(0, Purpose.search, 0, 0, {"a": 1}))
+    assert flushed == [path.read_text()]
+    assert flushed[0].endswith("\n")
+
+
+def test_best_of_a_trial_is_that_of_all_its_epochs() -> None:
+    trial = Trial(0, Purpose.search, 0, 0, {})
+    assert trial.best is None
+    for epoch, value in ((1, 40.0), (2, 60.0), (3, 50.0), (2, 99.0)):
+        trial.note(epoch, value)
+    assert trial.best == 60.0
+    assert trial.history == [(1, 40.0), (2, 60.0), (3, 50.0)]
