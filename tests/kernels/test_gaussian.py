@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scinet_kernels import gaussian_mass, gaussian_propagate, gaussian_similarity, median_bandwidth
+from scinet_kernels import gaussian_mass, gaussian_propagate, gaussian_similarity, median_bandwidth, reference
 
 MODEST = settings(deadline=None, max_examples=25)
 SIZES = st.sampled_from([1, 2, 3, 5, 16, 17, 31])
@@ -123,9 +123,24 @@ def test_fp32_keeps_its_digits_when_rows_lie_far_from_the_origin() -> None:
     torch.testing.assert_close(gaussian_propagate(x, values, bandwidth=0.5).double(), expected, rtol=3e-5, atol=3e-5)
 
 
-def test_a_row_has_weight_one_on_itself_when_the_bandwidth_is_tiny() -> None:
+@pytest.mark.parametrize(
+    ("backend", "bandwidth"), [("cpu", 1e-3), ("cpu", 1e-15), ("reference", 1e-3), ("reference", 1e-25)]
+)
+def test_a_row_has_weight_one_on_itself_when_the_bandwidth_is_tiny(backend: str, bandwidth: float) -> None:
     x = rows(0, 8, 512, dtype=torch.float32) + 3
-    assert (gaussian_mass(x, bandwidth=1e-3) == 0).all()
+    assert (gaussian_mass(x, bandwidth=bandwidth, backend=backend) == 0).all()
+    values = rows(1, 8, 3, dtype=torch.float32)
+    torch.testing.assert_close(gaussian_propagate(x, values, bandwidth=bandwidth, backend=backend), values)
+
+
+def test_centre_lies_amid_the_keys_in_few_digits() -> None:
+    keys = rows(0, 50, 6, dtype=torch.float32) * torch.logspace(-3, 3, 6) + 0.7
+    centre = reference.centre_of(keys, torch.float32)
+    assert ((centre - keys.mean(0)).abs() <= keys.mean(0).abs() / 64).all()
+    digits = torch.frexp(centre).mantissa * 64
+    assert (digits == digits.round()).all()  # so that subtracting it from points on a grid leaves ties as they are
+    keys[3, 2], keys[4, 5] = math.nan, math.inf
+    assert reference.centre_of(keys, torch.float32)[[2, 5]].tolist() == [0.0, 0.0]
 
 
 def test_nan_stays_in_its_row_when_a_query_holds_it() -> None:
