@@ -88,6 +88,7 @@ def _run(folder: Path) -> RunDirectory:
     run = RunDirectory(folder)
     (run.checkpoints / "selected").mkdir(parents=True)
     (run.checkpoints / "selected/teacher.safetensors").write_bytes(b"weights")
+    (run.checkpoints / "selected/student.safetensors").write_bytes(b"weights")
     (run.checkpoints / "step-0000000004").mkdir()
     parts = {"parts": [["part-00000-of-00001.safetensors", 8, "ab" * 32]]}
     (run.checkpoints / "step-0000000004/manifest.json").write_text(json.dumps(parts))
@@ -109,6 +110,7 @@ def test_runs_that_differ_in_clocks_alone_are_alike(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"step": 1, "loss/total": 1.0, ', "{", "'loss/total' at step 1: 1.0 and None"),
         ("evaluation.json", '"epoch": 1', '"epoch": 2', "evaluation.json"),
         ("checkpoints/selected/teacher.safetensors", "weights", "weighty", "selected/teacher.safetensors"),
+        ("checkpoints/selected/student.safetensors", "weights", "weighty", "selected/student.safetensors"),
         ("checkpoints/step-0000000004/manifest.json", "abab", "abac", "tensors of the checkpoint step-0000000004"),
     ],
 )

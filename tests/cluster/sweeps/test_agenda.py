@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from pathlib import Path
 
 import pytest
+from optuna.distributions import FloatDistribution
 
 from scinet.errors import ConfigError
 from scinet_cluster.sweeps import options
-from scinet_cluster.sweeps.agenda import Agenda, confirmed, winner
+from scinet_cluster.sweeps.agenda import Agenda, candidates, confirmed, winner
 from scinet_cluster.sweeps.ledger import Ledger, Purpose, State, Trial
-from scinet_cluster.sweeps.options import Sweep
+from scinet_cluster.sweeps.options import Sampler, Sweep
+from scinet_cluster.sweeps.sampling import Sampling
+from scinet_cluster.sweeps.space import Dimension
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -173,3 +177,43 @@ def test_best_of_a_trial_is_that_of_all_its_epochs() -> None:
         trial.note(epoch, value)
     assert trial.best == 60.0
     assert trial.history == [(1, 40.0), (2, 60.0), (3, 50.0)]
+
+
+def test_only_trials_that_went_to_their_end_are_confirmed(sweep: Sweep) -> None:
+    ledger = Ledger(sweep.folder / "trials.jsonl")
+    states = (State.completed, State.stopped, State.completed, State.failed, State.begun, State.completed)
+    for number, state in enumerate(states):
+        ledger.write(Trial(number, Purpose.search, number, 0, {}, state, [(1, 10.0 * number)]))
+    assert [trial.number for trial in candidates(ledger, 1)] == [0, 5]
+    assert [trial.number for trial in candidates(ledger, 9)] == [0, 5, 2]
+    assert candidates(ledger, 0) == []
+    best = winner(ledger)
+    assert best is not None
+    assert best.number == 5
+
+
+SPACE = {"loss.margin": Dimension(FloatDistribution(0.0, 1.0), 0.5)}
+
+
+def _tried(count: int) -> list[Trial]:
+    """Trials whose mAP grows with what was tried."""
+    values = [number / count for number in range(count)]
+    return [
+        Trial(number, Purpose.search, number, 0, {"loss.margin": value}, State.completed, [(1, 50 * value)])
+        for number, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize("sampler", [Sampler.random, Sampler.tpe])
+def test_proposal_is_that_of_its_number_whenever_it_is_asked_for(sampler: Sampler) -> None:
+    found = [Sampling(SPACE, sampler, 3).propose(number, _tried(number)) for number in (1, 2, 3, 4)]
+    again = Sampling(SPACE, sampler, 3)
+    assert [again.propose(number, _tried(number)) for number in (1, 2, 3, 4)] == found
+    assert len({str(proposal) for proposal in found}) == 4
+    assert Sampling(SPACE, sampler, 4).propose(1, _tried(1)) != found[0]
+
+
+def test_search_goes_where_the_map_is_high() -> None:
+    sampling = Sampling(SPACE, Sampler.tpe, 0)
+    found = [sampling.propose(number, _tried(30)) for number in range(30, 45)]
+    assert statistics.fmean(proposal["loss.margin"] for proposal in found if proposal) > 0.7

@@ -85,3 +85,11 @@ def test_trials_never_open_the_test_split() -> None:
 
 def test_defaults_and_bounds_of_a_sweep_are_those_written_down() -> None:
     assert in_words(SweepOptions) == (Path(__file__).parent / "options.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("key", ["name", "output", "resume", "baseline", "train.test_at_end", "telemetry.port"])
+@pytest.mark.parametrize("section", ["fixed", "space"])
+def test_option_that_a_sweep_sets_itself_is_refused(key: str, section: str) -> None:
+    words = [f"{section}.{key}=[1]"]
+    with pytest.raises(ConfigError, match=f"'{key}' is the sweep's own to set: take it out of '{section}'"):
+        options.load(ROOT / "configs/sweeps/loss_weights.yaml", words)

@@ -66,6 +66,16 @@ def test_masks_are_nested_when_the_ratio_grows(
     assert ((many == 0) | (many == truth)).all()
 
 
+def test_masks_are_nested_over_all_published_ratios() -> None:
+    truth = np.array([1, -1] * 10, dtype=np.int8)
+    before = np.zeros((50, 20), dtype=np.int8)
+    for ratio in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0):
+        rows = np.stack([observe(truth, f"image-{n}", known_ratio=ratio, seed=0) for n in range(50)])
+        assert (rows[before != 0] == before[before != 0]).all()
+        assert (rows != 0).sum() > (before != 0).sum()
+        before = rows
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 def test_nothing_or_all_is_known_at_the_bounds_of_the_ratio(ratio: float) -> None:
     truth = np.array([1, -1, 0, 1], dtype=np.int8)
