@@ -70,6 +70,17 @@ def test_run_is_refused_when_a_split_that_it_needs_is_empty(make_shards: MakeSha
     assert "has no samples to train on" in problem(make_shards(samples=[*holdout, *test]))
 
 
+@pytest.mark.parametrize("split", ["train", "holdout", "test"])
+def test_run_is_refused_when_a_split_is_listed_without_a_sample(
+    make_shards: MakeShards, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    card = make_shards(samples=[sample for name in ("train", "holdout", "test") for sample in make_samples(3, name)])
+    emptied = replace(card, splits=card.splits | {split: replace(card.split(split), num_samples=0, shards=())})
+    monkeypatch.setattr(materials.sources, "read_card", lambda _: emptied)
+    with pytest.raises(ConfigError, match=f"has no samples to .* \\(split '{split}'"):
+        materials.check(config.load())
+
+
 def test_run_is_refused_when_its_mask_lacks_a_training_sample(
     make_shards: MakeShards, make_samples: MakeSamples, tmp_path: Path
 ) -> None:

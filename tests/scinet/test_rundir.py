@@ -145,3 +145,25 @@ def test_old_file_stays_and_no_half_one_when_it_cannot_be_written(
         rundir.write_text(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["it.json"]
+
+
+# whether another process, which takes milliseconds to start, could take the lock
+_TRY = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        print("free")
+    except OSError:
+        print("taken by", file.read().decode())
+"""
+
+
+def test_lock_is_taken_while_a_run_is_written_and_free_afterwards(run: rundir.RunDirectory) -> None:
+    def look() -> str:
+        command = [sys.executable, "-S", "-c", _TRY, str(run.lock)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with rundir.locked(run):
+        assert look().startswith(f"taken by process {os.getpid()} on ")
+    assert look() == "free"
