@@ -106,7 +106,12 @@ def test_runs_that_differ_in_clocks_alone_are_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "sentence"),
     [
-        ("metrics.jsonl", "0.25", "0.2500000000000001", "'loss/total' at step 4: 0.25 and 0.2500000000000001"),
+        (
+            "metrics.jsonl",
+            'total": 0.25,',
+            'total": 0.2500000000000001,',
+            "'loss/total' at step 4: 0.25 and 0.2500000000000001",
+        ),
         ("metrics.jsonl", '{"step": 1, "loss/total": 1.0, ', "{", "'loss/total' at step 1: 1.0 and None"),
         ("evaluation.json", '"epoch": 1', '"epoch": 2', "evaluation.json"),
         ("checkpoints/selected/teacher.safetensors", "weights", "weighty", "selected/teacher.safetensors"),
