@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +135,7 @@ class EfficientNetLite(nn.Module):
         *,
         stem: int = 32,
         num_features: int = 1280,
-        activation: Callable[[], nn.Module] = nn.ReLU6,
+        activation: Callable[[], nn.Module] = partial(nn.ReLU6, inplace=True),
     ) -> None:
         """Take the stages, the width of the first convolution and that of the features."""
         super().__init__()
