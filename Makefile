@@ -50,7 +50,7 @@ interpreted: setup ## Triton kernels in the interpreter, which wants a process o
 	@$(STAGE) "kernels (Triton's interpreter)" env TRITON_INTERPRET=1 $(BIN)/pytest -m interpreter tests/kernels/interpreted
 
 tests: setup
-	@$(STAGE) "tests (pytest on $(CORES) cores)" $(BIN)/pytest $(SPREAD) -m "not nightly and not alone" --durations=15
+	@$(STAGE) "tests (pytest on $(CORES) cores)" $(BIN)/pytest $(SPREAD) -m "not nightly and not alone and not interpreter" --durations=15
 
 alone: setup ## tests that want the machine to themselves
 	@$(STAGE) "tests that run alone (pytest)" $(BIN)/pytest -m "alone and not nightly" --durations=5

@@ -51,7 +51,7 @@ class Fault:
     interpreter: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     """What pytest, whose plugin this is, said; and which modules came from the tree itself instead of its copy."""
 

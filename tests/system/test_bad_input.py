@@ -228,7 +228,7 @@ def test_label_table_that_does_not_fit_the_class_list_is_named(
 @pytest.mark.parametrize("cached", ["true", "false"])
 def test_attention_heads_that_do_not_divide_the_width_are_named(refused: Any, cached: str) -> None:
     overrides = ["model.attention_heads=5", f"data.cache_features={cached}"]
-    refused(USAGE, overrides, "model.attention_heads is 5", "384")
+    refused(USAGE, overrides, "model.attention_heads is 5", "width 32")
 
 
 def test_batch_larger_than_the_data_is_named(refused: Any) -> None:

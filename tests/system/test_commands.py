@@ -105,13 +105,14 @@ def test_deepspeed_command_leaves_a_whole_run_directory(trained: Path) -> None:
     ids=["deepspeed", "torchrun", "python"],
 )
 def test_other_launchers_leave_a_whole_run_directory_with_equal_losses(
-    launch: Any, small: tuple[str, ...], trained: Path, tmp_path: Path, command: tuple[str, ...], world_size: int
+    launch: Any, train: Any, small: tuple[str, ...], tmp_path: Path, command: tuple[str, ...], world_size: int
 ) -> None:
+    assert train(*small, f"output={tmp_path}", "name=alone").status == 0
     done = launch(*command, *small, f"output={tmp_path}", "name=run")
     assert done.returncode == 0, done.stderr[-3000:]
     _assert_whole(tmp_path / "run", world_size=world_size)
     assert done.stderr.count("zero-shot mAP") == 1, "one rank speaks"
-    for row, want in zip(_steps(tmp_path / "run"), _steps(trained), strict=True):
+    for row, want in zip(_steps(tmp_path / "run"), _steps(tmp_path / "alone"), strict=True):
         assert row["loss/total"] == pytest.approx(want["loss/total"], rel=1e-5)
         assert row["gradient_norm"] == pytest.approx(want["gradient_norm"], rel=1e-5)
 

@@ -21,6 +21,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
+from scinet import train
 from scinet.distributed import Ranks, from_first_rank, gather_objects, wait_for_all
 from scinet.errors import ConfigError
 from scinet.options import Options, Prometheus, TelemetryOptions
@@ -208,12 +209,12 @@ def test_run_is_found_while_it_goes_on_and_gone_afterwards(watched: Watched) -> 
 
 
 def test_training_is_bit_equal_when_nobody_is_told(
-    watched: Watched, on_features: tuple[str, ...], launch: Any, tmp_path: Path
+    watched: Watched, on_features: tuple[str, ...], tmp_path: Path
 ) -> None:
     words = [*_words(on_features, tmp_path, "alone"), "telemetry.prometheus=off"]
-    done = launch("torchrun", "--nproc-per-node", 2, "scinet/train.py", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "metrics:" not in done.stderr
+    ended = [rank.end(LONGEST_S) for rank in forked.start(train.main, words, size=2)]
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert not any("metrics:" in line for _, lines in ended for line in lines)
     alone = tmp_path / "alone"
     rows = []
     for run in (alone, watched.run):
