@@ -220,7 +220,7 @@ class ModelOptions:
 
     backbone: str = option(
         "embedded",
-        "an open_clip model name; `embedded`: the towers that come out of packages; `debug`: small random ones, for tests",
+        "an open_clip model name; `embedded`: towers that come out of packages; `debug`: small random ones, for tests",
     )
     pretrained: str = option("embedded", "an open_clip tag, a weights file, or `embedded`")
     image_size: int = option(224, "side of the square input, pixels", low=32, high=1024)

@@ -270,7 +270,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: naming the file, if the disk is full, for instance.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    # two processes may write the same file, such as comparisons that share a folder
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
+_RELU6 = partial(nn.ReLU6, inplace=True)
 PADDING = 0
 
 
@@ -135,7 +136,7 @@ class EfficientNetLite(nn.Module):
         *,
         stem: int = 32,
         num_features: int = 1280,
-        activation: Callable[[], nn.Module] = partial(nn.ReLU6, inplace=True),
+        activation: Callable[[], nn.Module] = _RELU6,
     ) -> None:
         """Take the stages, the width of the first convolution and that of the features."""
         super().__init__()

@@ -41,6 +41,23 @@ def test_run_is_refused_while_another_process_writes_it(run: rundir.RunDirectory
         pass
 
 
+_WRITER = """
+import sys
+from pathlib import Path
+from scinet import rundir
+for number in range(200):
+    rundir.write_text(Path(sys.argv[1]), sys.argv[2] * 1000)
+"""
+
+
+def test_file_is_whole_when_two_processes_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    writers = [subprocess.Popen([sys.executable, "-c", _WRITER, path, letter]) for letter in "ab"]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert path.read_text() in ("a" * 1000, "b" * 1000)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_nothing_is_left_when_a_run_never_started(run: rundir.RunDirectory) -> None:
     with rundir.locked(run):
         rundir.discard_if_never_started(run)
