@@ -143,7 +143,7 @@ def test_file_has_its_name_only_when_it_is_on_the_disk(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(os, "replace", renamed)
     rundir.write_text(path, "new")
-    assert done == [("flush", ".it.json.part", "old"), ("rename", "new", "old")]
+    assert done == [("flush", f".it.json.{os.getpid()}.part", "old"), ("rename", "new", "old")]
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["it.json"]
 

@@ -198,8 +198,8 @@ def test_checkpoint_is_on_the_disk_before_it_has_its_name_and_old_ones_go_last(
         f"flush .{new}.part",
         f"rename .{new}.part {new}",
         "flush checkpoints",
-        "flush .latest.json.part",
-        "rename .latest.json.part latest.json",
+        f"flush .latest.json.{os.getpid()}.part",
+        f"rename .latest.json.{os.getpid()}.part latest.json",
         f"remove {old}",
     ]
 
