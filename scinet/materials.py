@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from scinet.data import mask_file, sources
+from scinet.data import sources
 from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
 from scinet.data.card import SPLITS, DataCard
 from scinet.data.examples import Mask
@@ -21,8 +20,6 @@ from scinet.model.backbone import Backbone
 from scinet.model.network import Network
 from scinet.options import DataOptions, LastBatch, Method, Options
 from scinet.paths import cache_directory
-
-_PURPOSES = {"train": "train on", "holdout": "select the best epoch by", "test": "test on"}
 
 
 @dataclass(frozen=True)
@@ -54,37 +51,6 @@ class Materials:
     def zero_shot(self, options: Options) -> Network:
         """Return the zero-shot classifier: an untrained network with the prompt head, whatever the configured one."""
         return self.network(replace(options, model=heads.untrained(options.model)))
-
-
-def check(options: Options) -> DataCard:
-    """Return the data card, before anything heavy is loaded.
-
-    Raises:
-        ConfigError: if the folder is missing, its address cannot be opened as it is written, or a split is empty.
-        DataError: if it is damaged, or the mask of ``data.mask_file`` lacks a training sample.
-    """
-    card = sources.read_card(options.data)
-    for split, purpose in _PURPOSES.items():
-        is_needed = options.train.test_at_end if split == "test" else options.method is not Method.zero_shot
-        if is_needed and (split not in card.splits or not card.splits[split].num_samples):
-            raise ConfigError(
-                f"{sources.place(card)} has no samples to {purpose} (split '{split}'; it has {card.listing}): build it "
-                "anew with another --holdout share, or more --test samples"
-            )
-    if options.data.mask_file:
-        mask_file.check_covers(Path(options.data.mask_file), card)
-    return card
-
-
-def doubts(card: DataCard) -> Iterator[str]:
-    """Yield what makes the figures of a run on this data say little."""
-    for name in ("holdout", "test"):
-        split = card.splits.get(name)
-        if split is not None and not any(split.num_negatives):
-            yield (
-                f"split '{name}' of {sources.place(card)} has no label that is known to be absent, so its mAP is 100 "
-                "whatever a model says"
-            )
 
 
 def share_of(options: Options, ranks: Ranks) -> Share:

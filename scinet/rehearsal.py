@@ -134,6 +134,10 @@ class _FakeText(TextTower):
         with _real():
             return super().count_words(context)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.forward(tokens).float()  # tokens without memory cannot be compared with earlier ones
+
 
 class _FakeNetwork(Network):
     """Casts by replacing its tensors: torch swaps them in place, which fake ones do not allow."""

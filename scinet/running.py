@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scinet import fitting, lazy_dynamo, materials, rundir
+from scinet import fitting, lazy_dynamo, materials, preflight, rundir
 from scinet.checkpoint import weights
 from scinet.checkpoint.keeper import Keeper
 from scinet.data import transports
@@ -24,14 +24,15 @@ from scinet.distributed import (
     reason_of,
     shut_down,
 )
+from scinet.engine import uses_bf16
 from scinet.errors import ConfigError, PeerLost, Preempted, ScinetError, TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
 from scinet.materials import Materials
-from scinet.model import backbone as model_backbone
 from scinet.notes import Failures, Notes
 from scinet.options import Method, Options
+from scinet.preflight import OWN_BACKBONES
 from scinet.report import summary
 from scinet.rundir import RunDirectory
 from scinet.telemetry import Silence, Terminal, Voice, configure_logging
@@ -50,8 +51,7 @@ def run(options: Options) -> dict[str, Any]:
     """
     failures = Failures()
     try:
-        materials.check(options)
-        if options.model.backbone in model_backbone.OWN:
+        if options.model.backbone in OWN_BACKBONES:
             lazy_dynamo.defer()  # open_clip imports it whatever it does
         ranks = initialise(options.train.collective_timeout_s)
         configure_logging(ranks.is_first)
@@ -110,7 +110,7 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
     if options.resume and directory.evaluation.is_file():
         voice.say(f"{directory.path} is finished: there is nothing to go on with")
         return rundir.read_evaluation(directory)
-    if options.model.backbone == model_backbone.DEBUG:
+    if options.model.backbone == "debug":
         voice.say("warning: model.backbone=debug has small random towers: no figure of this run is a result")
     if options.baseline:
         _check_baseline(Path(options.baseline))
@@ -143,7 +143,7 @@ def _carry_out(
     made = materials.gather(
         options, ranks, voice.progress, lambda towers: fitting.check(options, towers, ranks, voice.say)
     )
-    for doubt in materials.doubts(made.card):
+    for doubt in preflight.doubts(made.card):
         voice.say(f"warning: {doubt}")
     evaluation: dict[str, Any] = {"class_names": list(made.card.class_names)}
     if options.train.test_at_end:
@@ -232,29 +232,35 @@ def _train(
                     keeper.save(trainer)
                 else:
                     trainer.train_epoch(after_step)
-            if options.train.test_at_end:
-                evaluation["last"] = {
-                    "step": trainer.progress.step,
-                    "teacher": judge(trainer.score("test", use_teacher=True)),
-                    "student": judge(trainer.score("test", use_teacher=False)),
-                }
+            last = _score(trainer) if options.train.test_at_end else {}
         except Preempted as error:
             raise _kept(keeper, trainer) from error
         keeper.wait()
-    selected = {}
-    scores: Scores | None = None
-    for who in ("student", "teacher") if options.train.test_at_end else ():
-        network = made.network(options).to(ranks.device).eval()
-        weights.load_into(network, directory.checkpoints / "selected" / f"{who}.safetensors")
-        scores = made.plain("test").score(network, ranks)
-        selected[who] = judge(scores)
+    progress = trainer.progress
+    selected = last
+    if last and (progress.best_epoch != progress.epoch - 1 or uses_bf16(options, ranks.device)):
+        selected = {who: _score_selected(options, made, ranks, directory, who) for who in last}
     evaluation["selected"] = {
-        "epoch": trainer.progress.best_epoch,
-        "holdout_map": trainer.progress.best_map,
-        **selected,
+        "epoch": progress.best_epoch,
+        "holdout_map": progress.best_map,
+        **{who: judge(scores) for who, scores in selected.items()},
     }
+    if last:
+        evaluation["last"] = {"step": progress.step, **{who: judge(scores) for who, scores in last.items()}}
     correlation = None if trainer.fusion is None else trainer.fusion.correlation.shrunk().cpu()
-    return scores, correlation
+    return selected.get("teacher"), correlation
+
+
+def _score(trainer: Trainer) -> dict[str, Scores]:
+    """Return the test scores of teacher and student as they are. Collective."""
+    return {who: trainer.score("test", use_teacher=who == "teacher") for who in ("teacher", "student")}
+
+
+def _score_selected(options: Options, made: Materials, ranks: Ranks, directory: RunDirectory, who: str) -> Scores:
+    """Return the test scores of the selected weights, which are fp32 whatever trained them. Collective."""
+    network = made.network(options).to(ranks.device).eval()
+    weights.load_into(network, directory.checkpoints / "selected" / f"{who}.safetensors")
+    return made.plain("test").score(network, ranks)
 
 
 def _kept(keeper: Keeper, trainer: Trainer) -> Preempted:

@@ -25,14 +25,8 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
         CheckpointError: if the run has no selected weights.
         ConfigError: if the data are missing or have other classes.
     """
-    import torch
-
     from scinet.data import card as data_card
     from scinet.data import sources
-    from scinet.data.views import Views
-    from scinet.distributed import Ranks
-    from scinet.evaluation.evaluator import PlainSplit
-    from scinet.evaluation.metrics import evaluate
 
     run, options = find(path)
     config.refuse_debug(options, f"scinet evaluate --run {path}")
@@ -45,6 +39,13 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
             f"{sources.place(card)} has the classes {', '.join(card.class_names[:5])} ... ({card.num_classes}), the "
             f"run was trained on {', '.join(class_names[:5])} ... ({len(class_names)})"
         )
+    import torch
+
+    from scinet.data.views import Views
+    from scinet.distributed import Ranks
+    from scinet.evaluation.evaluator import PlainSplit
+    from scinet.evaluation.metrics import evaluate
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     views: Views
     results = {}
@@ -73,14 +74,14 @@ def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int
         CheckpointError: if the run has no selected weights.
         ConfigError: if a path does not exist, or no image is found.
     """
-    import torch
-
-    from scinet.data.views import decode
-
     run, options = find(path)
     config.refuse_debug(options, f"scinet predict --run {path}")
     files = list(_files(paths))
     class_names = _class_names(run)
+    import torch
+
+    from scinet.data.views import decode
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, views = _load(run, options, class_names, "teacher", device)
     failures = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scinet import materials, pairing
+from scinet import pairing, preflight
 from scinet.data.card import DataCard
 from scinet.engine import uses_bf16
 from scinet.errors import ConfigError
@@ -69,7 +69,7 @@ def report(options: Options, sizes: Sizes, device_name: str, say: Callable[[str]
             f"fusion.enabled={str(options.fusion.enabled).lower()}"
         )
     device = torch.device(device_name)
-    card = materials.check(options)
+    card = preflight.check(options)
     backbone = model_backbone.load(options.model, cache_directory(options.data.cache_dir))
     backbone.image.to(device)
     backbone.text.to(device)

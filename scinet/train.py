@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch warns of a lost connection with a page of its own stack; what it means, the run says in a sentence
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        from scinet import config, running
+        from scinet import config, preflight
         from scinet.errors import ScinetError
     except ImportError as error:
         print(f"scinet is not installed in {sys.executable} ({error}): run `pip install -e .`", file=sys.stderr)
@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = [] if arguments.resume is None else [f"resume={str(arguments.resume == 'auto').lower()}"]
         options = config.load(arguments.config, [*arguments.overrides, *given])
+        preflight.check(options)
+        from scinet import running  # with torch, which no wrong configuration waits for
+
         speaks = True  # from here on the ranks agree on who does
         running.run(options)
     except ScinetError as error:

@@ -24,9 +24,10 @@ from scinet.data.views import Normalisation
 from scinet.errors import ConfigError, nearest
 from scinet.model import embedded, embedded_towers, regions
 from scinet.options import ModelOptions
+from scinet.preflight import OWN_BACKBONES, check_backbone
 
 _log = logging.getLogger(__name__)
-EMBEDDED, DEBUG = OWN = "embedded", "debug"
+EMBEDDED, DEBUG = OWN_BACKBONES
 _Dense = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -90,6 +91,7 @@ class TextTower(nn.Module):
         super().__init__()
         self._model, self._tokenizer = model, tokenizer
         self._embedding = _token_embedding(model)
+        self._embedded: tuple[Tensor, Tensor] | None = None
         text = getattr(model, "text", None)
         # open_clip's own transformers need the full context length, those of transformers mask their padding
         self._is_trimmable = hasattr(text, "config") or getattr(text, "is_trimmable", False)
@@ -98,7 +100,7 @@ class TextTower(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return token ids [C, T] int64."""
-        tokens = cast(Tensor, self._tokenizer(list(texts)))
+        tokens = cast(Tensor, self._tokenizer(list(texts))).to(next(self.parameters()).device)
         if not self._is_trimmable:
             return tokens
         return tokens[:, : int((tokens != tokens[:, -1:]).sum(1).max()) + 1]
@@ -112,6 +114,13 @@ class TextTower(nn.Module):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Return the token embeddings [..., W]."""
         return cast(Tensor, self._embedding(tokens))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return text embeddings [C, D] fp32 of prompts as they are; a run's networks ask for the same ones."""
+        if self._embedded is None or not torch.equal(self._embedded[0], tokens):
+            with torch.no_grad():
+                self._embedded = tokens, self(tokens).float()
+        return self._embedded[1].clone()
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         """Return text embeddings [C, D].
@@ -208,7 +217,7 @@ def _identity(name: str, tag: str, weights: Path | None) -> str:
 def _find(options: ModelOptions, cache: Path) -> tuple[str, str, Path | None]:
     """Return open_clip's name and tag, and the weights where they are a file."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if options.backbone in OWN:
+    if options.backbone in OWN_BACKBONES:
         if options.pretrained != EMBEDDED:
             raise ConfigError(
                 f"model.pretrained is '{options.pretrained}', but model.backbone={options.backbone} has its own weights"
@@ -229,11 +238,11 @@ def skeleton(options: ModelOptions, cache: Path) -> Backbone:
         ConfigError: as :func:`load`, for an unknown name, or weights in a folder or a hub that cannot be had.
     """
     name = options.backbone
-    if name in OWN or name.startswith(("local-dir:", "hf-hub:")):
+    if name in OWN_BACKBONES or name.startswith(("local-dir:", "hf-hub:")):
         return load(options, cache)
     import open_clip
 
-    _check_known(name)
+    check_backbone(name)
     logging.disable(logging.ERROR)  # open_clip warns that there are no weights
     try:
         with torch.device("meta"):
@@ -264,7 +273,7 @@ def _check_name(name: str, tag: str) -> Path | None:
         return files[0]
     if name.startswith("hf-hub:"):
         return None
-    _check_known(name)
+    check_backbone(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag in tags:
         return None
@@ -275,14 +284,6 @@ def _check_name(name: str, tag: str) -> Path | None:
             f"(tags: {', '.join(tags) or 'none'}; or pass a weights file, or model.backbone=embedded)"
         )
     return path
-
-
-def _check_known(name: str) -> None:
-    import open_clip
-
-    known = open_clip.list_models()
-    if name.replace("/", "-") not in known:
-        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, [EMBEDDED, *known])}")
 
 
 def _create(name: str, tag: str, options: ModelOptions) -> tuple[nn.Module, Any]:

@@ -17,9 +17,8 @@ class Prompter(nn.Module):
         super().__init__()
         prompts = [f"{options.context} {name.replace('_', ' ')}." for name in class_names]
         tokens = text.tokenize(prompts)
-        with torch.no_grad():
-            # saved, since another processor would compute other last digits
-            self.register_buffer("fixed", text(tokens).float())
+        # saved, since another processor would compute other last digits
+        self.register_buffer("fixed", text.embed(tokens))
         self.register_buffer("tokens", tokens, persistent=False)
         learns = options.head.is_prompted and options.prompt is Prompt.learned
         self.context = nn.Parameter(self.words(text, options.context)) if learns else None

@@ -1,9 +1,8 @@
-"""What is said about the data before a run."""
+"""What a run is made from."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,25 +10,11 @@ import torch
 from torch import nn
 
 from scinet import config, materials
-from scinet.data import mask_file
 from scinet.data.batch import Share
-from scinet.data.card import DataCard
 from scinet.distributed import Ranks
-from scinet.errors import ConfigError, DataError
+from scinet.errors import ConfigError
 from scinet.model.backbone import Backbone, ImageTower
 from tests.scinet import small_runs
-from tests.scinet.conftest import MakeSamples, MakeShards
-
-
-def test_figures_are_doubted_when_nothing_is_known_to_be_absent(
-    make_shards: MakeShards, make_samples: MakeSamples
-) -> None:
-    test = make_samples(4, "test")
-    assert not list(materials.doubts(make_shards(samples=[*make_samples(4), *test])))
-    positives_only = [replace(sample, negatives=()) for sample in test]
-    (doubt,) = materials.doubts(make_shards(samples=[*make_samples(4), *positives_only]))
-    assert "split 'test' of" in doubt
-    assert "its mAP is 100 whatever a model says" in doubt
 
 
 def test_regions_that_zero_3_would_take_the_weights_of_are_refused() -> None:
@@ -49,58 +34,6 @@ def test_regions_that_zero_3_would_take_the_weights_of_are_refused() -> None:
     options = config.load(None, ["data.cache_features=true", "data.cached_regions=2", "model.freeze_image=true"])
     with pytest.raises(ConfigError, match="shows no regions"):
         materials.check_regions(options, blind)
-
-
-def test_run_is_refused_when_a_split_that_it_needs_is_empty(make_shards: MakeShards, make_samples: MakeSamples) -> None:
-    def problem(card: DataCard, *overrides: str) -> str:
-        options = config.load(None, [f"data.path={card.directory}", *overrides])
-        try:
-            assert materials.check(options) == card
-        except ConfigError as error:
-            return str(error)
-        return ""
-
-    train, holdout, test = (make_samples(4, split) for split in ("train", "holdout", "test"))
-    assert problem(make_shards(samples=[*train, *holdout, *test])) == ""
-    without_test, without_holdout = make_shards(samples=[*train, *holdout]), make_shards(samples=[*train, *test])
-    assert "has no samples to test on (split 'test'" in problem(without_test)
-    assert problem(without_test, "train.test_at_end=false") == ""
-    assert "has no samples to select the best epoch by (split 'holdout'" in problem(without_holdout)
-    assert problem(without_holdout, "method=zero_shot") == ""
-    assert "has no samples to train on" in problem(make_shards(samples=[*holdout, *test]))
-
-
-@pytest.mark.parametrize("split", ["train", "holdout", "test"])
-def test_run_is_refused_when_a_split_is_listed_without_a_sample(
-    make_shards: MakeShards, make_samples: MakeSamples, monkeypatch: pytest.MonkeyPatch, split: str
-) -> None:
-    card = make_shards(samples=[sample for name in ("train", "holdout", "test") for sample in make_samples(3, name)])
-    emptied = replace(card, splits=card.splits | {split: replace(card.split(split), num_samples=0, shards=())})
-    monkeypatch.setattr(materials.sources, "read_card", lambda _: emptied)
-    with pytest.raises(ConfigError, match=f"has no samples to .* \\(split '{split}'"):
-        materials.check(config.load())
-
-
-def test_run_is_refused_when_its_mask_lacks_a_training_sample(
-    make_shards: MakeShards, make_samples: MakeSamples, tmp_path: Path
-) -> None:
-    card = make_shards(samples=[sample for split in ("train", "holdout", "test") for sample in make_samples(3, split)])
-    path = tmp_path / "mask.jsonl"
-    options = config.load(None, [f"data.path={card.directory}", f"data.mask_file={path}"])
-    header = mask_file.Header(card.class_names, "", "train", "", 3, None, False, None)
-    mask_file.write(path, header, [mask_file.Row(f"train-{number:04d}", (), ()) for number in range(3)])
-    assert materials.check(options) == card
-    path.unlink()
-    mask_file.write(path, header, [mask_file.Row(f"train-{number:04d}", (), ()) for number in range(2)])
-    with pytest.raises(DataError, match="train-0002"):
-        materials.check(options)
-
-
-@pytest.mark.parametrize("split", ["holdout", "test"])
-def test_figures_of_either_split_are_doubted(make_shards: MakeShards, make_samples: MakeSamples, split: str) -> None:
-    positives_only = [replace(sample, negatives=()) for sample in make_samples(4, split)]
-    (doubt,) = materials.doubts(make_shards(samples=[*make_samples(4), *positives_only]))
-    assert f"split '{split}' of" in doubt
 
 
 @pytest.mark.parametrize("last_batch", ["drop", "train"])

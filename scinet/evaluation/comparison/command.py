@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from scinet import materials, texttable
+from scinet import preflight, texttable
 from scinet.errors import ConfigError, Preempted, TrainingError
 from scinet.evaluation.comparison import keys, plan, scoring, tables, training, workers
 from scinet.evaluation.comparison.keys import Facts
@@ -84,8 +84,8 @@ def compare(wanted: Plan, jobs: int | None, voice: Voice) -> dict[str, Any]:
     """
     cells = plan.expand(wanted)
     checked = {(c.options.data.path, c.options.data.mask_file, c.options.method is Method.zero_shot): c for c in cells}
-    cards = {card.sha256: card for card in (materials.check(cell.options) for cell in checked.values())}
-    for doubt in (doubt for card in cards.values() for doubt in materials.doubts(card)):
+    cards = {card.sha256: card for card in (preflight.check(cell.options) for cell in checked.values())}
+    for doubt in (doubt for card in cards.values() for doubt in preflight.doubts(card)):
         voice.say(f"warning: {doubt}")
     facts = keys.look(cells)
     wanted.cells_folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,10 @@ class _Text(nn.Module):
     def count_words(self, context: str) -> int:
         return len(context.split())
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self(tokens).float()
+
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         return cast(Tensor, self.table(tokens))
 
