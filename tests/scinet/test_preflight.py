@@ -79,7 +79,7 @@ def test_figures_of_either_split_are_doubted(make_shards: MakeShards, make_sampl
     assert f"split '{split}' of" in doubt
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("emedded", "embedded"), ("vit-b-16", "ViT-B-16"), ("RN11", "RN1")])
+@pytest.mark.parametrize(("typed", "meant"), [("embeded_", "embedded"), ("vit-b-16", "ViT-B-16"), ("RN11", "RN1")])
 def test_nearest_backbone_is_named_when_none_has_that_name(typed: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"model.backbone='{typed}' is no open_clip model; did you mean '{meant}"):
         preflight.check_backbone(typed)
