@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+_MOST_FILES = 12
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -19,6 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files that start processes first: the longest, so that no core waits for them in the end."""
     long = {item.path for item in items if item.get_closest_marker("multiprocess")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print which files took longest: the budget of the whole is a quarter of an hour on two cores."""
+    seconds: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("seconds a file")
+    for name, spent in seconds.most_common(_MOST_FILES):
+        terminalreporter.write_line(f"{spent:7.1f}  {name}")
 
 
 @pytest.fixture(scope="session")

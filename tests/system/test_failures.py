@@ -19,7 +19,7 @@ from scinet.errors import DataError, LoaderLost
 from tests import ranks as forked
 from tests.ranks import Rank
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.alone]
 
 TIMEOUT_S = 6
 ENDS_S = 60  # generous, for a busy machine; unguarded, some of these take a quarter of an hour
