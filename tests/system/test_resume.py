@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -120,3 +121,36 @@ def test_run_ends_bit_equal_when_it_was_killed_within_an_epoch(
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert f"at step {saved}\n" in resumed.stderr
     _assert_same(run, unbroken)
+
+
+def _train_on_a_disk_that_fills_up(words: list[str]) -> int:
+    """Run the training command; from the fourth step on no file can grow beyond 20 kB."""
+    step = Trainer.train_step
+
+    def filled(self: Trainer, *arguments: Any) -> Any:
+        if self.progress.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return step(self, *arguments)
+
+    with mock.patch.object(Trainer, "train_step", filled):
+        return train.main(words)
+
+
+def test_run_goes_on_bit_equal_when_its_disk_was_full(words: tuple[str, ...], unbroken: Path, tmp_path: Path) -> None:
+    own = [*words, f"output={tmp_path}", "name=run"]
+    (full,) = forked.start(_train_on_a_disk_that_fills_up, own, size=1)
+    status, lines = full.end(200)
+    full.kill()
+    assert status == 1, lines
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert "selected/teacher.safetensors cannot be written (" in error
+    assert "--resume auto goes on" in error
+    assert not any("Traceback" in line for line in lines)
+    assert _saved_step(tmp_path / "run") == 2, "the checkpoint of step 4 found no room, that of step 2 stays"
+    steps = [row["step"] for row in _rows(tmp_path / "run") if "loss/total" in row]
+    assert steps == [3, 6], "training went on until the selected weights had to be written"
+    (again,) = forked.start(_train, [*own, "resume=true"], size=1)
+    status, lines = again.end(200)
+    again.kill()
+    assert status == 0, lines
+    _assert_same(tmp_path / "run", unbroken)
