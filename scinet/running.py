@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scinet import fitting, lazy_dynamo, materials, preflight, rundir
+from scinet import deferred_imports, fitting, materials, preflight, rundir
 from scinet.checkpoint import weights
 from scinet.checkpoint.keeper import Keeper
 from scinet.data import transports
@@ -52,7 +52,7 @@ def run(options: Options) -> dict[str, Any]:
     failures = Failures()
     try:
         if options.model.backbone in OWN_BACKBONES:
-            lazy_dynamo.defer()  # open_clip imports it whatever it does
+            deferred_imports.defer()  # open_clip imports it whatever it does
         ranks = initialise(options.train.collective_timeout_s)
         configure_logging(ranks.is_first)
         sentry = Sentry(ranks, Notes(ranks), failures, hang_timeout_s=options.train.hang_timeout_s)

@@ -25,7 +25,7 @@ import torch
 
 from scinet_cluster.addresses import free_port
 
-_IMPORTED = ("torch", "deepspeed", "scinet.running", "scinet.lazy_dynamo", "tests.ranks")
+_IMPORTED = ("torch", "deepspeed", "scinet.running", "scinet.deferred_imports", "tests.ranks")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(_IMPORTED))
 
@@ -85,11 +85,11 @@ def _main(function: Callable[..., Any], arguments: Any, environment: Mapping[str
 
 
 def _in_group(before: Callable[[], None], function: Callable[..., Any], *arguments: Any) -> Any:
-    from scinet import lazy_dynamo
+    from scinet import deferred_imports
     from scinet.distributed import initialise, shut_down
 
     before()
-    lazy_dynamo.defer()
+    deferred_imports.defer()
     ranks = initialise(120)
     try:
         return function(ranks, *arguments)

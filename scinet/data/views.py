@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scinet import lazy_dynamo
+from scinet import deferred_imports
 from scinet.data.images import IMAGE_FORMATS, format_of, opened
 from scinet.data.masks import derive
 from scinet.errors import DataError
@@ -80,7 +80,7 @@ class Views:
 
     @cached_property
     def _augment(self) -> dict[str, Any]:
-        lazy_dynamo.defer()
+        deferred_imports.defer()
         from torchvision.transforms import v2
 
         return {name: v2.RandAugment(num_ops=ops) for name, ops in _RANDAUGMENT_OPS.items() if ops}
@@ -210,7 +210,7 @@ def decode(content: bytes, where: str, *, formats: tuple[str, ...] | None = None
         is_jpeg = format_of(image) == "JPEG" and image.mode in ("RGB", "L")
         reduction = min(image.size) // enough_pixels if enough_pixels else 1
         if is_jpeg and reduction < 2:
-            lazy_dynamo.defer()
+            deferred_imports.defer()
             from torchvision.io import ImageReadMode, decode_jpeg
 
             try:

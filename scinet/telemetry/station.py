@@ -23,7 +23,6 @@ from scinet.telemetry.figures import Figures, RunFigures
 from scinet.telemetry.observer import Observer, Standing
 from scinet.telemetry.push import Pusher
 from scinet.telemetry.rows import Background, Fan, MetricsLog
-from scinet.telemetry.tensorboard import TensorBoard
 from scinet.telemetry.weights_and_biases import WeightsAndBiases
 
 _MOST_PORT = 65535
@@ -97,6 +96,8 @@ class Station(contextlib.AbstractContextManager["Station"]):
     def _open_sinks(self, standing: Standing, *, num_told: int) -> None:
         options, directory = self._options, self._directory
         if options.telemetry.tensorboard:
+            from scinet.telemetry.tensorboard import TensorBoard
+
             self.rows.add(TensorBoard(directory.tensorboard, standing.steps))
         if options.telemetry.wandb:
             make = functools.partial(WeightsAndBiases, options, directory, num_told)

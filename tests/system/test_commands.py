@@ -217,6 +217,54 @@ assert not {"torch", "deepspeed"} & set(sys.modules), "help must come at once"
 """
 
 
+_IMPORTED = """
+import sys
+from scinet import cli, train
+is_training = sys.argv[1] == "train"
+status = train.main(sys.argv[2:]) if is_training else cli.main()
+print("imported:", *sorted(name for name in sys.modules if "." not in name))
+print("compiler:", "torch._dynamo.symbolic_convert" in sys.modules)
+print("models:", "torchvision.models.resnet" in sys.modules)
+sys.exit(status)
+"""
+NEVER = {
+    "transformers",
+    "timm",
+    "open_clip",
+    "matplotlib",
+    "ray",
+    "scipy",
+    "sklearn",
+    "pandas",
+    "wandb",
+    "sympy",
+    "optuna",
+}
+
+
+def _imported(text: str) -> set[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith("imported: ")]
+    return set(line.split()[1:])
+
+
+def test_training_on_cached_features_imports_only_what_it_uses(
+    launch: Any, trained: Path, small: tuple[str, ...], tmp_path: Path
+) -> None:
+    del trained  # has left the features behind
+    words = (*small, "model.backbone=embedded", f"output={tmp_path}", "name=run")
+    done = launch(sys.executable, "-c", _IMPORTED, "train", *words)
+    assert done.returncode == 0, done.stderr
+    assert "compiler: False" in done.stdout
+    assert _imported(done.stdout) & (NEVER | {"torchvision", "tensorboardX"}) == set(), done.stderr
+
+
+def test_prediction_imports_only_what_it_uses(launch: Any, trained: Path, unseen: Path) -> None:
+    done = launch(sys.executable, "-c", _IMPORTED, "predict", "--run", trained, unseen)
+    assert done.returncode == 0, done.stderr
+    assert "compiler: False\nmodels: False" in done.stdout
+    assert _imported(done.stdout) & (NEVER | {"deepspeed", "prometheus_client"}) == set()
+
+
 def test_help_of_every_command_comes_without_torch(launch: Any) -> None:
     done = launch(sys.executable, "-c", _HELP)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,8 @@
-"""Keeps torch's compiler out of processes that compile nothing.
+"""Keeps torch's compiler and torchvision's models out of processes that use neither.
 
 Every optimiser of torch calls ``torch._dynamo.disable`` and ``graph_break`` for its methods, and torchvision takes a
-name from there while it is imported. Importing the compiler takes longer than importing torch itself, so these names
-stand in for it until something asks for any other.
+name from there, and all of its models and data sets, while it is imported. Importing the compiler takes longer than
+importing torch itself, so stand-ins have these names until something asks for any other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Deferred(ModuleType):
         vars(self).update(eager)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and (self.__name__, name) != ("torch._dynamo", "__path__"):
+        if name.startswith("__") and (name != "__path__" or self.__name__ == "torch._dynamo.utils"):
             raise AttributeError(name)  # inspect looks into all modules; an import of a sub-module wants the path
         for own in [own for own, module in sys.modules.items() if isinstance(module, _Deferred)]:
             del sys.modules[own]
@@ -43,7 +43,7 @@ def _is_compile_supported(device_type: str) -> Any:
 
 
 def defer() -> None:
-    """Put off the import of ``torch._dynamo``, if it has not happened yet, to the first use of it."""
+    """Put off the import of these modules, if it has not happened yet, to their first use."""
     if "torch._dynamo" not in sys.modules:
         sys.modules["torch._dynamo"] = _Deferred(
             "torch._dynamo",
@@ -54,3 +54,6 @@ def defer() -> None:
         sys.modules["torch._dynamo.utils"] = _Deferred(
             "torch._dynamo.utils", is_compile_supported=_is_compile_supported
         )
+    for name in ("torchvision.models", "torchvision.datasets"):
+        if "torchvision" not in sys.modules:
+            sys.modules.setdefault(name, _Deferred(name))
