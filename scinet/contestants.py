@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from scinet import config
 from scinet.data.batch import Batch
+from scinet.data.share import share_of
 from scinet.data.views import VIEW_NAMES
 from scinet.distributed import Ranks
 from scinet.engine import uses_bf16
 from scinet.errors import ConfigError
 from scinet.fusion.bank import Neighbours
-from scinet.materials import Materials, share_of
+from scinet.materials import Materials
 from scinet.model import backbone as model_backbone
 from scinet.model.teacher import Teacher
 from scinet.options import Head, Method, Options
@@ -73,7 +74,7 @@ def scinet(options: Options, made: Materials, ranks: Ranks) -> Contestant:
 
 def _batch(options: Options, made: Materials, ranks: Ranks, number: int) -> Batch:
     generator = torch.Generator().manual_seed(number)
-    size = share_of(options, ranks).micro_batch_size
+    size = share_of(options, ranks.rank, ranks.world_size).micro_batch_size
     side, classes = options.model.image_size, made.card.num_classes
     images = torch.randn(VIEWS * size, 3, side, side, generator=generator)
     truth = torch.where(torch.rand(size, classes, generator=generator) < 0.1, 1, -1).to(torch.int8)

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scinet.data import card as data_card
-from scinet.data.batch import Share
 from scinet.data.card import DataCard, Missing, Shard, Split
 from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
 from scinet.data.loading import num_waiting
+from scinet.data.share import Share
 from scinet.errors import ConfigError, DataError
 from scinet.options import Combine, Memory, Method, Options, Profile
 from scinet.texttable import size, table

@@ -23,9 +23,10 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scinet.data.batch import ImageBatches, Share
+from scinet.data.batch import ImageBatches
 from scinet.data.card import DataCard, Shard, Split
 from scinet.data.examples import Mask
+from scinet.data.share import Share
 from scinet.data.stream import Order, SampleStream, StoredSample
 from scinet.data.views import VIEW_NAMES, Normalisation, Views, decode
 from scinet.errors import ConfigError

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from scinet.data import sources
-from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches, Share
+from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatches
 from scinet.data.card import SPLITS, DataCard
 from scinet.data.examples import Mask
+from scinet.data.share import Share, share_of
 from scinet.data.views import Views
 from scinet.distributed import Ranks, first_rank_first
 from scinet.errors import ConfigError
@@ -18,7 +19,7 @@ from scinet.model import features as model_features
 from scinet.model import heads, regions
 from scinet.model.backbone import Backbone
 from scinet.model.network import Network
-from scinet.options import DataOptions, LastBatch, Method, Options
+from scinet.options import DataOptions, Method, Options
 from scinet.paths import cache_directory
 
 
@@ -53,22 +54,6 @@ class Materials:
         return self.network(replace(options, model=heads.untrained(options.model)))
 
 
-def share_of(options: Options, ranks: Ranks) -> Share:
-    """Return this rank's share of the global batches.
-
-    Raises:
-        ConfigError: with the arithmetic, if they do not divide.
-    """
-    train = options.train
-    return Share(
-        ranks.rank,
-        ranks.world_size,
-        train.global_batch_size,
-        train.accumulation_steps,
-        trains_last=train.last_batch is LastBatch.train,
-    )
-
-
 def gather(
     options: Options,
     ranks: Ranks,
@@ -89,7 +74,8 @@ def gather(
     """
     card = sources.read_card(options.data)
     if options.method is not Method.zero_shot:
-        share_of(options, ranks).steps(card.split("train").num_samples)  # refused now rather than after minutes
+        share = share_of(options, ranks.rank, ranks.world_size)
+        share.steps(card.split("train").num_samples)  # refused now rather than after minutes
     cache = cache_directory(options.data.cache_dir)
     backbone: Backbone = first_rank_first(lambda: model_backbone.load(options.model, cache), ranks)
     check_regions(options, backbone)

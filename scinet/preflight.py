@@ -6,13 +6,30 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from scinet import rundir
 from scinet.data import mask_file, sources
 from scinet.data.card import DataCard
+from scinet.data.share import share_of
 from scinet.errors import ConfigError, nearest
 from scinet.options import Method, Options
 
 OWN_BACKBONES = ("embedded", "debug")
 _PURPOSES = {"train": "train on", "holdout": "select the best epoch by", "test": "test on"}
+
+
+def check_start(options: Options, world_size: int) -> None:
+    """Check all that a training needs before it starts, on each rank alike.
+
+    Raises:
+        ConfigError: as :func:`check`; if the run directory holds another run, or the global batch does not divide.
+        CheckpointError: if the baseline is no run, or has not ended.
+    """
+    card = check(options)
+    rundir.check(options)
+    if options.method is not Method.zero_shot:
+        share_of(options, 0, world_size).steps(card.split("train").num_samples)
+    if options.baseline:
+        _check_baseline(Path(options.baseline))
 
 
 def check(options: Options) -> DataCard:
@@ -61,3 +78,8 @@ def check_backbone(name: str) -> None:
     known = sorted(path.stem for folder in folders for path in Path(folder, "model_configs").glob("*.json"))
     if name.replace("/", "-") not in known:
         raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, ['embedded', *known])}")
+
+
+def _check_baseline(path: Path) -> None:
+    if "teacher" not in rundir.read_evaluation(rundir.find(path)[0]).get("selected", {}):
+        raise ConfigError(f"'baseline' is {path}, which has no test score of a trained network to show beside this one")

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from scinet.data.batch import Batch, Share
+from scinet.data.batch import Batch
+from scinet.data.share import Share
 from scinet.distributed import Gathering, Ranks
 from scinet.engine import parameter_groups, uses_bf16
 from scinet.fusion.bank import Neighbours

@@ -119,8 +119,8 @@ def create(options: Options) -> RunDirectory:
         ConfigError: if the directory holds a run already and ``resume`` is not set, or cannot be written.
     """
     run = RunDirectory(Path(options.output) / options.name)
+    check(options)
     if run.config.exists():
-        _check_resumable(run, options)
         return run
     try:
         if run.path.exists() and any(found for found in run.path.iterdir() if found != run.checkpoints):
@@ -192,7 +192,15 @@ def discard_if_never_started(run: RunDirectory) -> None:
                 folder.rmdir()
 
 
-def _check_resumable(run: RunDirectory, options: Options) -> None:
+def check(options: Options) -> None:
+    """Check that the run is new, or may be gone on with.
+
+    Raises:
+        ConfigError: if it holds a run already and ``resume`` is not set, or one of another configuration.
+    """
+    run = RunDirectory(Path(options.output) / options.name)
+    if not run.config.exists():
+        return
     if not options.resume:
         state = "a finished" if run.evaluation.exists() else "an unfinished"
         raise ConfigError(

@@ -25,7 +25,7 @@ from scinet.distributed import (
     shut_down,
 )
 from scinet.engine import uses_bf16
-from scinet.errors import ConfigError, PeerLost, Preempted, ScinetError, TrainingError
+from scinet.errors import PeerLost, Preempted, ScinetError, TrainingError
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
@@ -112,8 +112,6 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
         return rundir.read_evaluation(directory)
     if options.model.backbone == "debug":
         voice.say("warning: model.backbone=debug has small random towers: no figure of this run is a result")
-    if options.baseline:
-        _check_baseline(Path(options.baseline))
     with contextlib.ExitStack() as held:
         # a process that was asked to end may still be at its checkpoint
         patience_s = _END_OF_ANOTHER_S if options.resume else 0.0
@@ -124,11 +122,6 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
         finally:
             if ranks.is_first:
                 rundir.discard_if_never_started(directory)
-
-
-def _check_baseline(path: Path) -> None:
-    if "teacher" not in rundir.read_evaluation(rundir.find(path)[0]).get("selected", {}):
-        raise ConfigError(f"'baseline' is {path}, which has no test score of a trained network to show beside this one")
 
 
 def _carry_out(

@@ -19,9 +19,9 @@ from multiprocessing.connection import Connection
 import torch
 
 from scinet import config, materials
+from scinet.data.share import share_of
 from scinet.distributed import Ranks, initialise, shut_down
 from scinet.errors import ConfigError
-from scinet.materials import share_of
 from scinet.options import Method, Options
 from scinet.pairing import Verdict, synchronise, table, take_turns
 from scinet.telemetry import MetricsLog, Silence
@@ -74,7 +74,7 @@ def report(options: Options, setting: Setting, say: Callable[[str], None]) -> st
         made = materials.gather(endless, ranks, lambda *_: None)
         figures = RunFigures(endless, ranks)
         trainer = Trainer(endless, made, ranks, MetricsLog(None), Silence())
-        batches = made.training(endless, share_of(endless, ranks)).epoch(0)
+        batches = made.training(endless, share_of(endless, ranks.rank, ranks.world_size)).epoch(0)
         micro = [batch.to(ranks.device) for batch in islice(batches, endless.train.accumulation_steps)]
 
         def train() -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from scinet.data.batch import Share
+from scinet.data.share import Share
 from scinet.engine import uses_bf16
 from scinet.model import activations, heads
 from scinet.model.activations import Pass

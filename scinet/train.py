@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = [] if arguments.resume is None else [f"resume={str(arguments.resume == 'auto').lower()}"]
         options = config.load(arguments.config, [*arguments.overrides, *given])
-        preflight.check(options)
+        preflight.check_start(options, int(os.environ.get("WORLD_SIZE", "1")))
         from scinet import running  # with torch, which no wrong configuration waits for
 
         speaks = True  # from here on the ranks agree on who does

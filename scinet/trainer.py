@@ -17,6 +17,7 @@ from torch import Tensor
 from scinet import badnumbers
 from scinet.assembling import build_aim, start_bias
 from scinet.data.batch import Batch
+from scinet.data.share import share_of
 from scinet.data.stream import check_skipped
 from scinet.distributed import Ranks, gather_objects, share_first, sum_over_ranks
 from scinet.engine import Engine, partition, uses_bf16
@@ -26,7 +27,7 @@ from scinet.evaluation.metrics import evaluate
 from scinet.fusion.confidence import Fusion
 from scinet.guard import Guard
 from scinet.layout import Part, held_parts, whole
-from scinet.materials import Materials, share_of
+from scinet.materials import Materials
 from scinet.metering import Meter, Progress
 from scinet.model.label_graph import adjacency
 from scinet.model.network import Network, Output
@@ -70,7 +71,7 @@ class Trainer:
         self._options, self._materials, self._ranks, self._log, self._voice = options, materials, ranks, log, voice
         self._guard, self._observer = guard or Guard(), observer or Observer()
         train = options.train
-        self._source = materials.training(options, share_of(options, ranks))
+        self._source = materials.training(options, share_of(options, ranks.rank, ranks.world_size))
         self.steps_per_epoch = self._source.steps_per_epoch
         self.total_steps = min(train.max_steps or 2**62, train.epochs * self.steps_per_epoch)
         torch.manual_seed(options.seed)

@@ -17,9 +17,9 @@ from scinet.data.card import DataCard
 from scinet.data.examples import Cells, Decoder, Example, Mask
 from scinet.data.loading import loaded
 from scinet.data.masks import derive
+from scinet.data.share import Share
 from scinet.data.stream import BadSamples, Order, SampleStream
 from scinet.data.views import VIEW_NAMES, Views
-from scinet.errors import ConfigError
 from scinet.options import DataOptions, OnBadSample
 
 _log = logging.getLogger(__name__)
@@ -66,62 +66,6 @@ class BatchSource(Protocol):
         From step 0 there are ``steps_per_epoch`` times the accumulation steps, on every rank.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of each global batch a rank gets: every ``world_size``-th sample, in ``accumulation`` parts.
-
-    ``trains_last``: whether the short rest of an epoch is a global batch too.
-    """
-
-    rank: int
-    world_size: int
-    global_batch_size: int
-    accumulation: int
-    trains_last: bool = False
-
-    def __post_init__(self) -> None:
-        """Check that the global batch divides.
-
-        Raises:
-            ConfigError: with the arithmetic, if it does not.
-        """
-        parts = self.parts
-        if self.global_batch_size % parts:
-            raise ConfigError(
-                f"train.global_batch_size={self.global_batch_size} does not divide over {self.world_size} ranks x "
-                f"{self.accumulation} accumulation steps: set it to a multiple of {parts}"
-            )
-
-    @property
-    def parts(self) -> int:
-        """Micro-batches of a global batch."""
-        return self.world_size * self.accumulation
-
-    @property
-    def micro_batch_size(self) -> int:
-        """B, samples a rank sees at once."""
-        return self.global_batch_size // self.parts
-
-    def steps(self, num_samples: int) -> int:
-        """Return the global batches in a pass; a short rest that is dropped is left to the next epoch's order.
-
-        Raises:
-            ConfigError: if there is none.
-        """
-        if self.trains_last:
-            return -(-num_samples // self.global_batch_size)
-        if num_samples < self.global_batch_size:
-            raise ConfigError(
-                f"train.global_batch_size={self.global_batch_size} is more than the {num_samples} training samples: "
-                f"set at most {num_samples // self.parts * self.parts or self.parts}, or train.last_batch=train"
-            )
-        return num_samples // self.global_batch_size
-
-    def length(self, num_samples: int) -> int:
-        """Return the samples that a pass trains on."""
-        return min(num_samples, self.steps(num_samples) * self.global_batch_size)
 
 
 class ImageBatches:

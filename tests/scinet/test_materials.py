@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from scinet import config, materials
-from scinet.data.batch import Share
-from scinet.distributed import Ranks
+from scinet.data.share import Share, share_of
 from scinet.errors import ConfigError
 from scinet.model.backbone import Backbone, ImageTower
 from tests.scinet import small_runs
@@ -39,10 +38,10 @@ def test_regions_that_zero_3_would_take_the_weights_of_are_refused() -> None:
 @pytest.mark.parametrize("last_batch", ["drop", "train"])
 def test_share_of_a_rank_is_the_configured_one(last_batch: str) -> None:
     words = ["train.global_batch_size=24", "train.accumulation_steps=2", f"train.last_batch={last_batch}"]
-    share = materials.share_of(config.load(None, words), Ranks(2, 3, torch.device("cpu")))
+    share = share_of(config.load(None, words), 2, 3)
     assert share == Share(2, 3, 24, 2, trains_last=last_batch == "train")
     with pytest.raises(ConfigError, match="does not divide over 5 ranks"):
-        materials.share_of(config.load(None, words), Ranks(2, 5, torch.device("cpu")))
+        share_of(config.load(None, words), 2, 5)
 
 
 @pytest.mark.parametrize(("method", "views"), [("scinet", 3), ("scpnet", 2), ("bce", 1)])

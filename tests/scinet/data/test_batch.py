@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scinet.data import mask_file
-from scinet.data.batch import Batch, BatchSource, FeatureBatches, Features, ImageBatches, Share
+from scinet.data.batch import Batch, BatchSource, FeatureBatches, Features, ImageBatches
 from scinet.data.card import DataCard
 from scinet.data.examples import Mask
 from scinet.data.mask_file import Header, Row
 from scinet.data.masks import annotated, class_ratios, observe
+from scinet.data.share import Share
 from scinet.data.stream import Order, SampleStream
 from scinet.data.views import VIEW_NAMES, Drawn, Normalisation, Views, decode
 from scinet.errors import ConfigError, DataError
