@@ -121,7 +121,7 @@ def open_clip(options: Options, made: Materials, ranks: Ranks) -> Contestant:
     from open_clip import ClipLoss
     from open_clip_train.train import train_one_epoch
 
-    model, tokenizer, _ = model_backbone.whole(options.model, cache_directory(options.data.cache_dir))
+    model, tokenizer = model_backbone.open_clip_model(options.model, cache_directory(options.data.cache_dir))
     for name, parameter in model.named_parameters():  # the text tower is frozen, as in ours
         parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
     model.to(ranks.device)

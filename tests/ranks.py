@@ -7,6 +7,7 @@ returned; ``start`` leaves forming a group, ending and speaking to the function,
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -52,7 +53,10 @@ class Rank:
             answer = self._answer.recv_bytes() if has_answered else None
         except EOFError:
             answer = None
-        assert answer is not None, f"a rank ended or hung without an answer: {self.log.read_text()[-3000:]}"
+        if answer is None:
+            self.process.join(5)
+            status = self.process.exitcode
+            raise AssertionError(f"a rank gave no answer (exit status {status}): {self.log.read_text()[-3000:]}")
         is_sound, value = torch.load(io.BytesIO(answer), weights_only=False)  # our own process's
         assert is_sound, f"{value}\n{self.log.read_text()[-2000:]}"
         return value
@@ -73,6 +77,7 @@ def _main(function: Callable[..., Any], arguments: Any, environment: Mapping[str
     os.dup2(descriptor, 2)
     os.dup2(descriptor, 1)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  # lives as long as the process
+    faulthandler.enable(2)
     if answer is None:
         sys.exit(function(*arguments))
     try:

@@ -181,24 +181,29 @@ def load(options: ModelOptions, cache: Path) -> Backbone:
     Raises:
         ConfigError: for an unknown name or tag, or weights that cannot be had; never returns untrained towers.
     """
-    model, tokenizer, weights_sha256 = whole(options, cache)
-    return _split(model, tokenizer, options, weights_sha256)
+    name, tag, weights = _find(options, cache)
+    model: nn.Module
+    if options.backbone == DEBUG:
+        model, tokenizer = embedded_towers.debug()
+    elif options.backbone == EMBEDDED:
+        assert weights is not None
+        model, tokenizer = embedded.load(weights.parent)
+    else:
+        model, tokenizer = _create(name, tag, options)
+    return _split(model, tokenizer, options, _identity(name, tag, weights))
 
 
-def whole(options: ModelOptions, cache: Path) -> tuple[nn.Module, Any, str]:
-    """Return open_clip's own pretrained model, its tokenizer and the hash of the weights.
+def open_clip_model(options: ModelOptions, cache: Path) -> tuple[nn.Module, Any]:
+    """Return open_clip's own pretrained model and its tokenizer, of the embedded towers as well.
 
     Raises:
         ConfigError: as :func:`load`.
     """
     name, tag, weights = _find(options, cache)
-    if options.backbone == DEBUG:
-        return *embedded_towers.debug(), _identity(name, tag, weights)
     if options.backbone == EMBEDDED:
         assert weights is not None
-        return *embedded.load(weights.parent), _identity(name, tag, weights)
-    model, tokenizer = _create(name, tag, options)
-    return model, tokenizer, _identity(name, tag, weights)
+        name = f"local-dir:{weights.parent}"
+    return _create(name, tag, options)
 
 
 def identify(options: ModelOptions, cache: Path) -> str:

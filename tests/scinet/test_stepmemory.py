@@ -25,7 +25,8 @@ from scinet.rehearsal import rehearse
 from scinet.stepmemory import StepMemory, step_memory
 
 # of the estimate's peak, and of what the step adds to it, whose smallest parts are rounded up
-LEAST, MOST, MOST_OF_STEP = 0.95, 1.05, 1.15
+# of the step alone the arithmetic may say more than there is: with regions in bf16, and in a frozen tower's passes
+LEAST, MOST, MOST_OF_STEP = 0.95, 1.05, 1.25
 CACHED = ("model.freeze_image=true", "data.cache_features=true", "model.image_size=64", "train.global_batch_size=64")
 TUNED = ("model.image_size=64", "train.global_batch_size=8")
 REGIONS = "data.cached_regions=4"

@@ -80,11 +80,12 @@ CASES = (
 
 @dataclass(frozen=True)
 class Ended:
-    """What a rank saw: rows, gradients of the first step, tables after an epoch, and what a break changed."""
+    """What a rank saw: rows, first gradients, tables after an epoch and at the end, and what a break changed."""
 
     rows: list[dict[str, Any]]
     gradients: dict[str, Tensor]
     tables: dict[str, Tensor]
+    last_tables: dict[str, Tensor]
     differing: list[str]
 
 
@@ -124,6 +125,7 @@ def _train(ranks: Ranks, method: str, overrides: list[str], folder: Path) -> End
         # AdamW's first moments of the first step are its gradients, element by element, times a constant
         {name: value for name, value in seen[1].items() if "/exp_avg/" in name},
         {name: value for name, value in seen[STEPS_PER_EPOCH].items() if name.startswith("zoo/")},
+        {name: value for name, value in whole.items() if name.startswith("zoo/")},
         [name for name, value in whole.items() if not torch.equal(_bits(value), _bits(resumed[name]))],
     )
 
@@ -150,10 +152,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Callable[[t
 @pytest.mark.parametrize(("way", "method"), CASES)
 def test_method_is_equal_when_the_global_batch_is_cut(ended: Any, way: tuple[int, int], method: str) -> None:
     want, got = ended(ALONE, method), ended(way, method)
-    assert want.gradients
+    norms = {name: float(torch.linalg.vector_norm(value)) for name, value in want.gradients.items()}
     for name, value in want.gradients.items():
-        difference = torch.linalg.vector_norm(got.gradients[name] - value)
-        assert difference <= 1e-5 * torch.linalg.vector_norm(value), name
+        difference = float(torch.linalg.vector_norm(got.gradients[name] - value))
+        # a gradient that is nearly nothing is the rounding of larger ones
+        assert difference <= 1e-5 * (norms[name] + 0.01 * max(norms.values())), name
     # later the optimiser amplifies rounding; within an epoch a method's own part in it stays small
     losses = [[row["loss/total"] for row in rows[:STEPS_PER_EPOCH]] for rows in (got.rows, want.rows)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -170,4 +173,4 @@ def test_method_goes_on_bit_for_bit_when_it_was_broken_off(ended: Any, way: tupl
     "method", ["role", *(pytest.param(name, marks=pytest.mark.nightly) for name in TABLES if name != "role")]
 )
 def test_memory_is_used(ended: Any, method: str) -> None:
-    assert ended(ALONE, method).tables[f"zoo/{TABLES[method]}"].nan_to_num().bool().any()
+    assert ended(ALONE, method).last_tables[f"zoo/{TABLES[method]}"].nan_to_num().bool().any()
