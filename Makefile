@@ -58,10 +58,12 @@ tests: setup
 alone: setup ## tests that want the machine to themselves
 	@$(STAGE) "tests that run alone (pytest)" $(BIN)/pytest -m "alone and not nightly"
 
-nightly: setup ## what is too long for `make test`: whole matrices, soak, hosts, planted faults (an hour)
-	@$(STAGE) "nightly (pytest on $(CORES) cores)" $(BIN)/pytest $(SPREAD) -m "nightly and not alone"
-	@$(STAGE) "nightly, alone (pytest)" $(BIN)/pytest -m "nightly and alone"
-	@$(STAGE) "planted faults" $(MAKE) --no-print-directory faults
+nightly: setup ## what is too long for `make test`: whole matrices, soak, hosts, planted faults (half an hour)
+	@status=0; \
+	$(STAGE) "nightly (pytest on $(CORES) cores)" $(BIN)/pytest $(SPREAD) -m "nightly and not alone" || status=1; \
+	$(STAGE) "nightly, alone (pytest)" $(BIN)/pytest -m "nightly and alone" || status=1; \
+	$(STAGE) "planted faults" $(MAKE) --no-print-directory faults || status=1; \
+	exit $$status
 
 faults: setup ## plant each fault of tests/faults/*.toml in a copy, and see a test fail
 	@$(BIN)/python tests/faults/run.py $(FAULTS)

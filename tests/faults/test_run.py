@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.run import read_lists
+
 RUN = Path(__file__).parent / "run.py"
 
 
@@ -27,6 +29,12 @@ def run(tree: Path, *changes: tuple[str, str], words: str = "") -> subprocess.Co
     (tree / "tests/faults/tiny.toml").write_text("\n".join(lines))
     command = [sys.executable, RUN, "--root", tree, "--jobs", "1", *([words] if words else [])]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_lists_fit_the_code_as_it_is() -> None:
+    root = RUN.parents[2]
+    listed = subprocess.run(["git", "-C", root, "ls-files"], capture_output=True, text=True, check=True)
+    assert len(read_lists(root, listed.stdout.splitlines())) >= 60
 
 
 def test_each_fault_is_told_apart_when_one_is_caught_one_survives_and_one_breaks_the_import(tree: Path) -> None:
