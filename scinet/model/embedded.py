@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scinet.errors import ConfigError
-from scinet.model.embedded_towers import BertSizes, EfficientNetLite, Tokenizer, Towers, WordPieces
+from scinet.model.embedded_towers import PADDING, BertSizes, EfficientNetLite, Tokenizer, Towers, WordPieces
 
 IMAGE_MODEL = "tf_efficientnet_lite0"
 PIXEL_MEAN, PIXEL_STD = (127 / 255,) * 3, (128 / 255,) * 3
@@ -118,9 +118,17 @@ def _open_clip_config(folder: Path, width: int) -> dict[str, Any]:
     }
 
 
-def _aligned_weights(image_weights: Path, text_folder: Path) -> dict[str, Any]:
+def _class_tokens(text_folder: Path) -> torch.Tensor:
+    """Return the tokens [1000, T] of ImageNet's class descriptions, whole: T is the longest one's, beyond the context."""
     from timm.data.imagenet_info import ImageNetInfo
 
+    info = ImageNetInfo()
+    read = WordPieces(text_folder / "tokenizer.json", BertSizes.num_positions)
+    tokens = read([info.index_to_description(number) for number in range(1000)])
+    return tokens[:, : int((tokens != PADDING).sum(1).max())]
+
+
+def _aligned_weights(image_weights: Path, text_folder: Path) -> dict[str, Any]:
     stored = torch.load(image_weights, map_location="cpu", weights_only=True)
     stored_text = load_file(str(text_folder / "model.safetensors"))
     with torch.device("meta"):
@@ -131,11 +139,8 @@ def _aligned_weights(image_weights: Path, text_folder: Path) -> dict[str, Any]:
     renamed = dict(zip(names, stored.values(), strict=True))
     text = {f"transformer.{name}": value for name, value in stored_text.items()}
     encoder.load_state_dict({name: text[name] for name in encoder.state_dict()}, assign=True)
-    read = WordPieces(text_folder / "tokenizer.json", _CONTEXT_LENGTH)
-    info = ImageNetInfo()
     with torch.no_grad():
-        embedded = encoder(read([info.index_to_description(number) for number in range(1000)]))
-        unit = torch.nn.functional.normalize(embedded, dim=-1)
+        unit = torch.nn.functional.normalize(encoder(_class_tokens(text_folder)), dim=-1)
         rows = renamed["classifier.weight"].double()
         gram = rows.T @ rows + _RIDGE * torch.eye(rows.shape[1], dtype=torch.float64)
         projection = torch.linalg.solve(gram, rows.T @ (unit - unit.mean(0)).double()).T.float()

@@ -62,6 +62,15 @@ def test_text_tower_and_tokenizer_are_transformers_bit_for_bit(towers: Any) -> N
         assert torch.equal(ours.encode_text(tokens), theirs.encode_text(tokens))
 
 
+def test_towers_are_aligned_by_whole_descriptions_though_prompts_are_shorter(towers: Any) -> None:
+    folder = embedded.ensure(cache_directory())
+    tokens = embedded._class_tokens(folder)
+    ends = (tokens == towers[1](["a"])[0, 2]).int()  # what ends a text
+    assert tokens.shape == (1000, 35)
+    assert (ends.sum(1) == 1).all()
+    assert int(ends.argmax(1).max()) == 34
+
+
 def _debug() -> Backbone:
     return backbone.load(ModelOptions(backbone=backbone.DEBUG), cache_directory())
 
