@@ -18,7 +18,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from scinet.errors import ConfigError, nearest
-from scinet.options import BiDominant, DataOptions, Head, Memory, Method, Options, Profile, Prometheus, TelemetryOptions
+from scinet.options import (
+    DEBUG,
+    BiDominant,
+    DataOptions,
+    Head,
+    Memory,
+    Method,
+    Options,
+    Profile,
+    Prometheus,
+    TelemetryOptions,
+)
 
 T = TypeVar("T")
 _Known = dict[str, tuple[dataclasses.Field[Any], Any]]
@@ -56,7 +67,7 @@ def refuse_debug(options: Options, what: str) -> None:
     Raises:
         ConfigError: naming a backbone that would do.
     """
-    if options.model.backbone == "debug":
+    if options.model.backbone == DEBUG:
         raise ConfigError(
             f"{what} wants a result, and 'model.backbone=debug' has random towers, for tests and work on the trainer: "
             "set 'model.backbone=embedded', or a name of open_clip"

@@ -19,7 +19,7 @@ from scinet.data import card as data_card
 from scinet.data.card import DataCard, Missing, Shard, Split
 from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
 from scinet.data.loading import num_waiting
-from scinet.data.share import Share
+from scinet.data.share import share_of
 from scinet.errors import ConfigError, DataError
 from scinet.options import Combine, Memory, Method, Options, Profile
 from scinet.texttable import size, table
@@ -176,7 +176,7 @@ def reading(data: DataSize, options: Options, ranks: int) -> list[Need]:
     open_lanes = workers * (lanes // math.gcd(lanes, ranks * workers))
     window = min(options.data.shuffle_window + 1, -(-data.num_samples // lanes))
     stored = data.image_bytes + label_bytes(data) + _SAMPLE_OVERHEAD
-    share = Share(0, ranks, options.train.global_batch_size, options.train.accumulation_steps)
+    share = share_of(options, 0, ranks)
     num_views = len(options.method.views)
     pixels = num_views * 3 * options.model.image_size**2
     waiting = num_waiting(options.data.workers, share.micro_batch_size)
@@ -243,7 +243,7 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
         _window(data, options),
     ]
     if enabled and options.fusion.combine is not Combine.linear and options.fusion.label_weight:
-        share = Share(0, ranks, options.train.global_batch_size, options.train.accumulation_steps)
+        share = share_of(options, 0, ranks)
         # conditional_expectation: a C x C matrix a sample and its Cholesky factor
         needs.append(
             Need(

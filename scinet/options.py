@@ -13,6 +13,9 @@ from typing import Any
 from scinet.option import option
 from scinet.zoo_options import ZooOptions
 
+EMBEDDED, DEBUG = OWN_BACKBONES = ("embedded", "debug")
+"""Backbones of ours: towers that come out of packages, and small random ones."""
+
 
 class Method(enum.Enum):
     """What is trained: SCINet, or a method of the zoo under the same protocol (``scinet/zoo/README.md``)."""
@@ -219,10 +222,10 @@ class ModelOptions:
     """The towers and what is trained on top of them."""
 
     backbone: str = option(
-        "embedded",
+        EMBEDDED,
         "an open_clip model name; `embedded`: towers that come out of packages; `debug`: small random ones, for tests",
     )
-    pretrained: str = option("embedded", "an open_clip tag, a weights file, or `embedded`")
+    pretrained: str = option(EMBEDDED, "an open_clip tag, a weights file, or `embedded`")
     image_size: int = option(224, "side of the square input, pixels", low=32, high=1024)
     freeze_image: bool = option(False, "keep the image tower as it is and train a projection after it")
     head: Head = option(Head.prompt, "the classifier on top of the towers")

@@ -11,9 +11,9 @@ from scinet.data import mask_file, sources
 from scinet.data.card import DataCard
 from scinet.data.share import share_of
 from scinet.errors import ConfigError, nearest
-from scinet.options import Method, Options
+from scinet.options import EMBEDDED, OWN_BACKBONES, Method, Options
+from scinet.rundir import RunDirectory
 
-OWN_BACKBONES = ("embedded", "debug")
 _PURPOSES = {"train": "train on", "holdout": "select the best epoch by", "test": "test on"}
 
 
@@ -25,7 +25,11 @@ def check_start(options: Options, world_size: int) -> None:
         CheckpointError: if the baseline is no run, or has not ended.
     """
     card = check(options)
-    rundir.check(options)
+    if world_size == 1:
+        # among several ranks the first one's disk counts, which says it to all once they have met
+        rundir.check(options)
+    if options.resume and RunDirectory(Path(options.output) / options.name).evaluation.is_file():
+        return  # there is nothing to go on with
     if options.method is not Method.zero_shot:
         share_of(options, 0, world_size).steps(card.split("train").num_samples)
     if options.baseline:
@@ -77,7 +81,7 @@ def check_backbone(name: str) -> None:
     folders = [] if spec is None else spec.submodule_search_locations or []
     known = sorted(path.stem for folder in folders for path in Path(folder, "model_configs").glob("*.json"))
     if name.replace("/", "-") not in known:
-        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, ['embedded', *known])}")
+        raise ConfigError(f"model.backbone='{name}' is no open_clip model{nearest(name, [EMBEDDED, *known])}")
 
 
 def _check_baseline(path: Path) -> None:

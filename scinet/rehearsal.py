@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from scinet.data.batch import Batch
-from scinet.data.share import Share
+from scinet.data.share import share_of
 from scinet.distributed import Gathering, Ranks
 from scinet.engine import parameter_groups, uses_bf16
 from scinet.fusion.bank import Neighbours
@@ -181,7 +181,7 @@ def rehearsed(options: Options, subject: Subject, world_size: int) -> Rehearsal:
         ConfigError: as :func:`rehearse`.
     """
     train, found = options.train, _rehearsed.setdefault(subject, {})
-    size = Share(0, world_size, train.global_batch_size, train.accumulation_steps).micro_batch_size
+    size = share_of(options, 0, world_size).micro_batch_size
     key = (size, repr(replace(options, deepspeed={}, train=replace(train, accumulation_steps=1))))
     if key not in found:
         found[key] = rehearse(
@@ -205,8 +205,8 @@ def rehearse(
     Raises:
         ConfigError: if the global batch does not divide, or the model's options do not fit the backbone.
     """
-    train, num_classes = options.train, len(class_names)
-    size = Share(0, world_size, train.global_batch_size, train.accumulation_steps).micro_batch_size
+    num_classes = len(class_names)
+    size = share_of(options, 0, world_size).micro_batch_size
     # the fakes pretend to be on the CPU anywhere: autograd asks a GPU's driver, and may find none
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings(), mode, torch.device("cpu"), LiveBytes() as live:

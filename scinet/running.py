@@ -31,8 +31,7 @@ from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
 from scinet.materials import Materials
 from scinet.notes import Failures, Notes
-from scinet.options import Method, Options
-from scinet.preflight import OWN_BACKBONES
+from scinet.options import DEBUG, OWN_BACKBONES, Method, Options
 from scinet.report import summary
 from scinet.rundir import RunDirectory
 from scinet.telemetry import Silence, Terminal, Voice, configure_logging
@@ -110,7 +109,7 @@ def _run(options: Options, ranks: Ranks, voice: Voice, sentry: Sentry) -> dict[s
     if options.resume and directory.evaluation.is_file():
         voice.say(f"{directory.path} is finished: there is nothing to go on with")
         return rundir.read_evaluation(directory)
-    if options.model.backbone == "debug":
+    if options.model.backbone == DEBUG:
         voice.say("warning: model.backbone=debug has small random towers: no figure of this run is a result")
     with contextlib.ExitStack() as held:
         # a process that was asked to end may still be at its checkpoint

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from scinet.data.share import Share
+from scinet.data.share import share_of
 from scinet.engine import uses_bf16
 from scinet.model import activations, heads
 from scinet.model.activations import Pass
@@ -111,8 +111,7 @@ class _Step:
 
     @cached_property
     def _samples(self) -> int:
-        train = self.options.train
-        return Share(0, self.world_size, train.global_batch_size, train.accumulation_steps).micro_batch_size
+        return share_of(self.options, 0, self.world_size).micro_batch_size
 
     @property
     def _num_images(self) -> int:

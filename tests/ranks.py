@@ -6,7 +6,6 @@ returned; ``start`` leaves forming a group, ending and speaking to the function,
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import io
 import multiprocessing
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -129,15 +128,6 @@ def start(
     return started
 
 
-@contextlib.contextmanager
-def _ending(started: list[Rank]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for rank in started:
-            rank.kill()
-
-
 def _nothing() -> None:
     pass
 
@@ -160,5 +150,8 @@ def run(
     """
     started = start(_in_group, before, function, *arguments, size=size, answers=True)
     deadline = time.monotonic() + timeout_s
-    with _ending(started):
+    try:
         return [rank.result(deadline) for rank in started]
+    finally:
+        for rank in started:
+            rank.kill()

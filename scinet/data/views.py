@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,6 +192,14 @@ def cutout_box(generator: random.Random, size: int) -> Box | None:
     return None
 
 
+@cache
+def _jpeg_decoder() -> Callable[[Tensor], Tensor]:
+    deferred_imports.defer()
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return partial(decode_jpeg, mode=ImageReadMode.RGB)
+
+
 def decode(content: bytes, where: str, *, formats: tuple[str, ...] | None = None, enough_pixels: int = 0) -> Tensor:
     """Return the RGB image of a file's bytes: [3, H, W] uint8, the channels last in memory.
 
@@ -210,14 +218,9 @@ def decode(content: bytes, where: str, *, formats: tuple[str, ...] | None = None
         is_jpeg = format_of(image) == "JPEG" and image.mode in ("RGB", "L")
         reduction = min(image.size) // enough_pixels if enough_pixels else 1
         if is_jpeg and reduction < 2:
-            deferred_imports.defer()
-            from torchvision.io import ImageReadMode, decode_jpeg
-
             try:
                 # the same pixels as Pillow's, in three quarters of the time; Pillow has checked the size
-                return torch.as_tensor(
-                    decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-                )
+                return torch.as_tensor(_jpeg_decoder()(torch.frombuffer(bytearray(content), dtype=torch.uint8)))
             except RuntimeError as error:
                 raise DataError(f"{what} cannot be decoded ({len(content)} bytes): {error}") from error
         if is_jpeg:

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from scinet.data.views import Normalisation
 from scinet.errors import ConfigError, nearest
 from scinet.model import embedded, embedded_towers, regions
-from scinet.options import ModelOptions
-from scinet.preflight import OWN_BACKBONES, check_backbone
+from scinet.options import DEBUG, EMBEDDED, OWN_BACKBONES, ModelOptions
+from scinet.preflight import check_backbone
 
 _log = logging.getLogger(__name__)
-EMBEDDED, DEBUG = OWN_BACKBONES
 _Dense = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -202,6 +201,7 @@ def open_clip_model(options: ModelOptions, cache: Path) -> tuple[nn.Module, Any]
     name, tag, weights = _find(options, cache)
     if options.backbone == EMBEDDED:
         assert weights is not None
+        os.environ["HF_HUB_OFFLINE"] = "1"  # all of it is in the folder
         name = f"local-dir:{weights.parent}"
     return _create(name, tag, options)
 

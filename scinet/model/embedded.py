@@ -119,7 +119,7 @@ def _open_clip_config(folder: Path, width: int) -> dict[str, Any]:
 
 
 def _class_tokens(text_folder: Path) -> torch.Tensor:
-    """Return the tokens [1000, T] of ImageNet's class descriptions, whole: T is the longest one's, beyond the context."""
+    """Return the tokens [1000, T] of ImageNet's class descriptions; none is cut, though some are beyond the context."""
     from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo()

@@ -12,7 +12,7 @@ import pytest
 from scinet import config, preflight
 from scinet.data import mask_file
 from scinet.data.card import DataCard
-from scinet.errors import ConfigError, DataError
+from scinet.errors import CheckpointError, ConfigError, DataError
 from tests.scinet.conftest import MakeSamples, MakeShards
 
 
@@ -90,6 +90,26 @@ def test_names_of_open_clip_are_those_that_it_lists() -> None:
 
     for name in (*open_clip.list_models(), "ViT-B/16", "embedded", "debug", "hf-hub:somebody/model"):
         preflight.check_backbone(name)
+
+
+def test_run_directory_and_baseline_are_looked_at_when_they_decide(
+    make_shards: MakeShards, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    card = make_shards(samples=[sample for split in ("train", "holdout", "test") for sample in make_samples(3, split)])
+    words = [f"data.path={card.directory}", "train.global_batch_size=2", f"output={tmp_path}", "name=run"]
+    preflight.check_start(config.load(None, words), 1)
+    with pytest.raises(ConfigError, match="does not divide over 4 ranks"):
+        preflight.check_start(config.load(None, words), 4)
+    with pytest.raises(CheckpointError, match="nowhere is no run directory"):
+        preflight.check_start(config.load(None, [*words, "baseline=nowhere"]), 1)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.to_yaml(config.load(None, words)))
+    (run / "evaluation.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        preflight.check_start(config.load(None, words), 1)
+    preflight.check_start(config.load(None, words), 2)  # the first rank's disk decides, once all have met
+    preflight.check_start(config.load(None, [*words, "resume=true", "baseline=nowhere"]), 1)
 
 
 _WITHOUT_TORCH = """

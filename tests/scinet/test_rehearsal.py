@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from scinet import config
 from scinet.model import backbone as model_backbone
@@ -18,6 +17,7 @@ from scinet.model.network import Network
 from scinet.options import Method, Options
 from scinet.paths import cache_directory
 from scinet.rehearsal import LiveBytes, Rehearsal, rehearse
+from tests.scinet.kept_bytes import kept_by
 
 NAMES = ("cat", "dog", "owl", "barn owl")
 FINE_TUNED = ("model.backbone=debug", "model.image_size=64", "train.global_batch_size=4")
@@ -39,21 +39,6 @@ def _rehearse(*overrides: str, world_size: int = 1, device: str = "cpu") -> Rehe
     return rehearse(options, towers, NAMES, world_size=world_size, device=torch.device(device))
 
 
-def _kept(network: Network, inputs: Tensor, own: set[int]) -> int:
-    """Bytes that a real forward pass keeps for backward, weights apart."""
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(inputs)
-    return sum(size for size, _ in kept.values())
-
-
 @pytest.mark.parametrize("freezes", [pytest.param("true", marks=pytest.mark.nightly), "false"])
 def test_kept_bytes_are_those_of_a_real_pass(freezes: str) -> None:
     options = _options(f"model.freeze_image={freezes}")
@@ -63,7 +48,7 @@ def test_kept_bytes_are_those_of_a_real_pass(freezes: str) -> None:
     inputs = torch.randn(12, 3, 64, 64)
     own = {tensor.untyped_storage().data_ptr() for tensor in [*tensors, inputs]}
     found = _rehearse(f"model.freeze_image={freezes}")
-    assert found.text + found.student == pytest.approx(_kept(network, inputs, own), rel=0.1)
+    assert found.text + found.student == pytest.approx(kept_by(lambda: network(inputs), own), rel=0.1)
 
 
 @pytest.mark.nightly

@@ -23,6 +23,7 @@ from scinet.options import Method, Options
 from scinet.paths import cache_directory
 from scinet.rehearsal import rehearse
 from scinet.stepmemory import StepMemory, step_memory
+from tests.scinet.kept_bytes import kept_by
 
 # of the estimate's peak, and of what the step adds to it, whose smallest parts are rounded up
 # of the step alone the arithmetic may say more than there is: with regions in bf16, and in a frozen tower's passes
@@ -168,18 +169,8 @@ def test_arithmetic_is_near_the_rehearsed_step_of_clips_towers(name: str, own: t
 
 def _kept(tower: nn.Module, run: Any, given: tuple[Tensor, ...]) -> int:
     """Return the bytes that a real forward pass keeps for backward, weights and inputs apart."""
-    kept: dict[int, tuple[int, Tensor]] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in (*tower.parameters(), *tower.buffers(), *given)}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(*given)
-    return sum(size for size, _ in kept.values())
+    return kept_by(lambda: run(*given), own)
 
 
 def test_towers_keep_what_a_real_pass_does() -> None:
