@@ -11,13 +11,14 @@ from torch import Tensor
 
 from scinet.data.batch import BatchSource
 from scinet.distributed import Ranks, gather_rows
+from scinet.fusion.bank import GRID
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
 from scinet.materials import Materials
 from scinet.model.label_graph import propagation, text_correlation
 from scinet.model.network import Network
 from scinet.objective import Aim, Objective
-from scinet.options import Method, Options, Profile
+from scinet.options import Head, Method, Options, Profile, Weights
 from scinet.zoo.catalogue import Frame, build
 from scinet.zoo.objective import ZooObjective
 
@@ -48,6 +49,7 @@ def build_aim(options: Options, materials: Materials, network: Network, ranks: R
             options.correlation,
             text_correlation(network.class_text),
             width=materials.backbone.width,
+            num_regions=num_regions(options),
             num_samples=materials.card.num_indices,
             samples_per_epoch=materials.card.split("train").num_samples,
         ),
@@ -56,6 +58,15 @@ def build_aim(options: Options, materials: Materials, network: Network, ranks: R
         ),
         ranks,
     )
+
+
+def num_regions(options: Options) -> int:
+    """Return how many regions of an image the fusion keeps: those of the feature cache, or a grid of means."""
+    fusion = options.fusion
+    is_used = fusion.enabled and fusion.weights is Weights.fitted and fusion.region_evidence and fusion.region_bank_size
+    if not is_used or options.model.head is not Head.prompt_regions:
+        return 0
+    return min(options.data.cached_regions, GRID) ** 2 if options.data.cache_features else GRID**2
 
 
 def _frame(options: Options, materials: Materials, network: Network, ranks: Ranks) -> Frame:

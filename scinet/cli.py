@@ -60,6 +60,9 @@ def predict(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print CSV, one row an image, one column a class.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes shown an image.")] = 5,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Let the bank of labelled training images have a say.")
+    ] = False,
 ) -> None:
     """Label images that were never seen: scinet predict --run runs/quickstart photo.jpg."""
     from scinet import serving
@@ -67,7 +70,7 @@ def predict(
     if json_ and csv_:
         raise ConfigError("--json and --csv exclude each other")
     style = "json" if json_ else "csv" if csv_ else "text"
-    if serving.print_predictions(run, paths, style=style, top=top):
+    if serving.print_predictions(run, paths, style=style, top=top, is_fused=fused):
         raise typer.Exit(1)
 
 

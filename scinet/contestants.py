@@ -21,7 +21,7 @@ from scinet.data.views import VIEW_NAMES
 from scinet.distributed import Ranks
 from scinet.engine import uses_bf16
 from scinet.errors import ConfigError
-from scinet.fusion.bank import Neighbours
+from scinet.fusion.bank import Neighbours, plain_rows
 from scinet.materials import Materials
 from scinet.model import backbone as model_backbone
 from scinet.model.teacher import Teacher
@@ -67,8 +67,8 @@ def scinet(options: Options, made: Materials, ranks: Ranks) -> Contestant:
         rows, classes = options.fusion.bank_size, made.card.num_classes
         unit = nn.functional.normalize(torch.randn(rows, made.backbone.width), dim=1)
         labels = torch.randint(-1, 2, (rows, classes), dtype=torch.int8)
-        columns = (unit, labels, torch.rand(rows, classes), torch.arange(rows) % made.card.num_indices)
-        trainer.fusion.update(Neighbours(*(column.to(ranks.device) for column in columns)))
+        full = plain_rows(unit, labels, torch.rand(rows, classes), torch.arange(rows) % made.card.num_indices)
+        trainer.fusion.update(Neighbours(*(column.to(ranks.device) for column in full)))
     return Contestant("SCINet", lambda: trainer.train_step(micro, size), (VIEWS * _BOTH + _FORWARD) * size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import logging
+import math
 import os
 import platform
 import re
@@ -156,9 +157,12 @@ class Gathering:
         own = len(self._columns[0])
         rows = self._received.view(-1, own, self._received.shape[1]).transpose(0, 1).flatten(0, 1)
         widths = [_row_bytes(column) for column in self._columns]
+        # a column without width has no bytes, which torch cannot view as another dtype
         return tuple(
             part.contiguous().view(column.dtype).view(len(rows), *column.shape[1:])
-            for part, column in zip(torch.split(rows, widths, dim=1), self._columns, strict=True)
+            if width
+            else column.new_empty(len(rows), *column.shape[1:])
+            for part, column, width in zip(torch.split(rows, widths, dim=1), self._columns, widths, strict=True)
         )
 
 
@@ -172,7 +176,8 @@ def start_gather(columns: Iterable[Tensor], ranks: Ranks) -> Gathering:
     columns = tuple(column.detach() for column in columns)
     if ranks.world_size == 1:
         return Gathering(columns, None, None)
-    packed = torch.cat([column.contiguous().view(len(column), -1).view(torch.uint8) for column in columns], 1)
+    flat = [column.contiguous().view(len(column), math.prod(column.shape[1:])) for column in columns]
+    packed = torch.cat([column.view(torch.uint8) for column in flat], 1)
     received = packed.new_empty(ranks.world_size * len(packed), packed.shape[1])
     work = dist.all_gather_single(received, packed, async_op=True)
     return Gathering(columns, received, work)

@@ -41,9 +41,24 @@ class Materials:
             return FeatureBatches(self.features["train"], mask, names, share, options.seed)
         return ImageBatches(self.card, options.data, self.views, names, share, options.seed)
 
-    def plain(self, split: str) -> PlainSplit:
-        """Return a split for evaluation."""
-        return PlainSplit(self.card, split, self.views, self.features.get(split), options=self.data)
+    def plain(self, split: str, *, masked_by: DataOptions | None = None, at_most: int | None = None) -> PlainSplit:
+        """Return a split for evaluation.
+
+        Args:
+            split: its name.
+            masked_by: how labels are hidden; without it all are observed.
+            at_most: how many of its samples, evenly drawn; without it all.
+        """
+        size = self.card.split(split).num_samples
+        return PlainSplit(
+            self.card,
+            split,
+            self.views,
+            self.features.get(split),
+            options=self.data,
+            mask=None if masked_by is None else Mask(masked_by, self.card.training_positives),
+            stride=1 if at_most is None else -(-size // max(1, at_most)),
+        )
 
     def network(self, options: Options) -> Network:
         """Return an untrained network of the configured head."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scinet.data.batch import Batch
 from scinet.distributed import Gathering, Ranks, start_gather
-from scinet.fusion.bank import Neighbours
+from scinet.fusion.bank import Neighbours, rows_of
 from scinet.fusion.confidence import Confidence, Fusion
 from scinet.fusion.thresholds import DynamicThresholds
 from scinet.losses.supervised import binary_cross_entropy, focal_margin
@@ -65,10 +65,18 @@ class Look:
     batch, whatever the number of ranks and accumulation steps.
     """
 
-    def __init__(self, teacher: Sequence[Output], micro: Sequence[Batch], ranks: Ranks, *, has_gaps: bool) -> None:
+    def __init__(
+        self,
+        teacher: Sequence[Output],
+        micro: Sequence[Batch],
+        ranks: Ranks,
+        *,
+        has_gaps: bool,
+        num_regions: int = 0,
+    ) -> None:
         """Take the teacher's outputs on this rank's micro-batches, and send them off. Collective."""
         self.mine = [
-            Neighbours(output.embeddings, batch.observed, torch.sigmoid(output.logits), batch.index)
+            rows_of(output, batch.observed, batch.index, num_regions=num_regions)
             for output, batch in zip(teacher, micro, strict=True)
         ]
         self._ranks, self._has_gaps = ranks, has_gaps
@@ -81,7 +89,7 @@ class Look:
         everyone = Neighbours(*self._sent.rows())
         is_sample = everyone.indices >= 0
         if self._has_gaps:  # asked for by the size alone: the mask costs a wait for the device
-            everyone = Neighbours(*(column[is_sample] for column in everyone))
+            everyone = everyone.at(is_sample)
         return everyone, is_sample
 
     @property
@@ -156,7 +164,7 @@ class Objective:
         """Let the teacher see the whole global batch. Collective."""
         view = _TEACHER_VIEW[self._options.profile]
         outputs = [teacher(batch.inputs.chunk(3)[view]) for batch in micro]
-        return Look(outputs, micro, self._ranks, has_gaps=has_gaps)
+        return Look(outputs, micro, self._ranks, has_gaps=has_gaps, num_regions=self.fusion.num_regions)
 
     def __call__(self, student: Output, batch: Batch, phase: Phase, size: float, look: Look, place: int = 0) -> Step:
         """Return the loss of a micro-batch. Collective."""
@@ -164,7 +172,7 @@ class Objective:
         everyone = look.everyone  # waited for before the fusion's time begins
         with self._fusing:
             confidence = self._confidence(self.fusion, student, look.mine[place], everyone)
-        parts, pseudo = self._parts(views, confidence.unified, batch, phase)
+        parts, pseudo = self._parts(views, self.fusion.target(confidence.unified), batch, phase)
         look.answer(confidence.unified, pseudo.positive)
         loss = self._options.loss
         total = parts["supervised"] + loss.unlabelled_weight * (

@@ -105,6 +105,13 @@ class Combine(enum.Enum):
     linear = "linear"
 
 
+class Weights(enum.Enum):
+    """``fitted``: by a regression on the known cells of the hold-out; ``fixed``: as written, and ``fusion.combine``."""
+
+    fitted = "fitted"
+    fixed = "fixed"
+
+
 class Bandwidth(enum.Enum):
     """``constant``: ``fusion.bandwidth_value``; ``adaptive``: the distance to the k-th neighbour."""
 
@@ -260,18 +267,24 @@ class FusionOptions:
     """The cross-modality fusion module: one confidence matrix Q (method.md section 3)."""
 
     enabled: bool = option(True, "false: Q is the teacher's probability, known cells override")
+    weights: Weights = option(Weights.fitted, "fitted at each evaluation on the hold-out, or fixed")
+    instance_evidence: bool = option(True, "fitted: what labels of similar images say")
+    label_evidence: bool = option(True, "fitted: what the image's other labels say; for at most 1,024 classes")
+    region_evidence: bool = option(False, "fitted: what labels of similar regions say, where the head looks at regions")
+    region_bank_size: int = option(2048, "fitted: samples whose regions are kept", low=0)
+    target_sharpness: float = option(1.0, "factor on the log-odds of the soft targets", low=0.0, high=10.0)
     combine: Combine = option(
-        Combine.pool, "pool: log-odds averaged; evidence: log-odds added; linear: the literal reading"
+        Combine.pool, "fixed: pool, log-odds averaged; evidence, log-odds added; linear, the literal reading"
     )
-    instance_weight: float = option(1.0, "l_n: weight of the instance-similarity term", low=0.0)
-    label_weight: float = option(0.5, "l_q: weight of the label-correlation term", low=0.0)
+    instance_weight: float = option(1.0, "fixed: l_n, weight of the instance-similarity term", low=0.0)
+    label_weight: float = option(0.5, "fixed: l_q, weight of the label-correlation term", low=0.0)
     momentum: float = option(0.8, "mu: share of the sample's previous confidence", low=0.0, high=1.0)
-    bandwidth: Bandwidth = option(Bandwidth.constant, "constant, or the distance to the k-th neighbour")
-    bandwidth_value: float = option(0.3, "sigma on unit vectors", low=1e-3)
-    bandwidth_neighbours: int = option(10, "k of the adaptive bandwidth", low=1)
-    radius: float = option(2.0, "samples farther apart than this are no neighbours; 2 keeps all unit vectors", low=0.0)
+    bandwidth: Bandwidth = option(Bandwidth.constant, "fixed: constant, or the distance to the k-th neighbour")
+    bandwidth_value: float = option(0.3, "fixed: sigma on unit vectors", low=1e-3)
+    bandwidth_neighbours: int = option(10, "fixed: k of the adaptive bandwidth", low=1)
+    radius: float = option(2.0, "fixed: samples farther apart are no neighbours; 2 keeps all unit vectors", low=0.0)
     bank_size: int = option(8192, "M: samples of past batches kept as neighbours", low=0)
-    prior_strength: float = option(0.05, "a: weight of the class prior in the neighbour vote", low=1e-6)
+    prior_strength: float = option(0.05, "fixed: a, weight of the class prior in the neighbour vote", low=1e-6)
     label_shrinkage: float = option(30.0, "co-observations at which a known-cell correlation is halved", low=0.0)
     label_noise: float = option(0.3, "V: noise variance of a known label in the conditional expectation", low=1e-4)
     memory: Memory = option(Memory.dense, "keep every sample's confidence (needed by momentum > 0)")

@@ -29,7 +29,7 @@ from scinet.data.batch import Batch
 from scinet.data.share import share_of
 from scinet.distributed import Gathering, Ranks
 from scinet.engine import parameter_groups, uses_bf16
-from scinet.fusion.bank import Neighbours
+from scinet.fusion.bank import Neighbours, plain_rows
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
 from scinet.memory import Subject
@@ -39,7 +39,7 @@ from scinet.model.label_graph import text_correlation
 from scinet.model.network import Network, Output
 from scinet.model.teacher import Teacher
 from scinet.objective import Aim, Look, Objective, Phase
-from scinet.options import Memory, Method, Options
+from scinet.options import Memory, Method, Options, Weights
 from scinet.stepmemory import StepMemory
 from scinet.zoo.catalogue import Frame, build, sees_everyone
 from scinet.zoo.objective import Sight, ZooObjective
@@ -360,9 +360,12 @@ def _gathered(output: Output, batch: Batch, rows: int) -> Look:
 
 
 def _build_fusion(options: Options, width: int, num_classes: int, device: torch.device) -> _FakeFusion:
-    """Return the fusion with a full bank, and without the memory of past confidence, which is counted apart."""
+    """Return the fusion with a full bank, and without the memory of past confidence, which is counted apart.
+
+    Fitted weights stand at their prior, where no term costs anything; fixed ones cost about what those come to.
+    """
     fusion = _FakeFusion(
-        replace(options.fusion, memory=Memory.none),
+        replace(options.fusion, memory=Memory.none, weights=Weights.fixed),
         options.correlation,
         text_correlation(torch.empty(num_classes, width)),
         width=width,
@@ -372,9 +375,8 @@ def _build_fusion(options: Options, width: int, num_classes: int, device: torch.
     fusion.stands_for = device
     if options.fusion.enabled:
         rows, cells = options.fusion.bank_size, torch.zeros(options.fusion.bank_size, num_classes)
-        fusion.bank.append(
-            Neighbours(torch.empty(rows, width), cells.to(torch.int8), cells, torch.zeros(rows, dtype=torch.int64))
-        )
+        indices = torch.zeros(rows, dtype=torch.int64)
+        fusion.bank.append(plain_rows(torch.empty(rows, width), cells.to(torch.int8), cells, indices))
     return fusion
 
 

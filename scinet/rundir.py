@@ -20,7 +20,7 @@ from typing import Any
 from scinet import config
 from scinet.data import transports
 from scinet.errors import CheckpointError, ConfigError, nearest
-from scinet.options import Options
+from scinet.options import Options, Weights
 
 FREE_ON_RESUME = {
     "resume",
@@ -207,7 +207,7 @@ def check(options: Options) -> None:
             f"{run.path} holds {state} run: --resume auto goes on with it, name=OTHER starts another; "
             "nothing was overwritten"
         )
-    stored = config.load(run.config)
+    stored = _load(run)
     changed = [
         key
         for key, _, _ in config.fields()
@@ -255,7 +255,16 @@ def find(path: Path) -> tuple[RunDirectory, Options]:
     if not run.config.is_file():
         beside = [str(found) for found in path.parent.glob("*") if (found / "config.yaml").is_file()]
         raise CheckpointError(f"{path} is no run directory: it has no config.yaml{nearest(str(path), beside)}")
-    return run, config.load(run.config)
+    return run, _load(run)
+
+
+def _load(run: RunDirectory) -> Options:
+    """Return the configuration of a run, as it was when the run was made."""
+    options = config.load(run.config)
+    if "weights" in config.read_tree(run.config).get("fusion", {}):
+        return options
+    # the fusion of earlier versions had fixed weights alone
+    return config.replace(options, fusion__weights=Weights.fixed)
 
 
 def read_evaluation(run: RunDirectory) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from scinet.distributed import (
 )
 from scinet.engine import uses_bf16
 from scinet.errors import PeerLost, Preempted, ScinetError, TrainingError
+from scinet.evaluation import fused
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.guard import Sentry
@@ -229,9 +230,11 @@ def _train(
             raise _kept(keeper, trainer) from error
         keeper.wait()
     progress = trainer.progress
-    selected = last
+    selected: dict[str, Scores] = last
     if last and (progress.best_epoch != progress.epoch - 1 or uses_bf16(options, ranks.device)):
         selected = {who: _score_selected(options, made, ranks, directory, who) for who in last}
+    if last and fused.is_wanted(options):
+        selected = selected | _score_fused(options, made, ranks, directory)
     evaluation["selected"] = {
         "epoch": progress.best_epoch,
         "holdout_map": progress.best_map,
@@ -255,6 +258,18 @@ def _score_selected(options: Options, made: Materials, ranks: Ranks, directory: 
     return made.plain("test").score(network, ranks)
 
 
+def _score_fused(options: Options, made: Materials, ranks: Ranks, directory: RunDirectory) -> dict[str, Scores]:
+    """Build the selected teacher's bank, keep it beside the weights, and return the fused test scores. Collective."""
+    network = made.network(options).to(ranks.device).eval()
+    weights.load_into(network, directory.checkpoints / "selected" / "teacher.safetensors")
+    classifier = fused.build(network, made, options, ranks)
+    if classifier is None:
+        return {}
+    if ranks.is_first:
+        weights.save_weights(directory.checkpoints / "selected" / weights.BANK, classifier.tensors())
+    return {"fused": fused.both(made.plain("test"), network, classifier, ranks)[1]}
+
+
 def _kept(keeper: Keeper, trainer: Trainer) -> Preempted:
     """Write a checkpoint of a run that was asked to stop, and return what to say. Collective."""
     keeper.save(trainer)
@@ -268,6 +283,10 @@ def _kept(keeper: Keeper, trainer: Trainer) -> Preempted:
 def _say_result(voice: Voice, evaluation: dict[str, Any], page: Path) -> None:
     if "selected" in evaluation:
         for moment in ("selected", "last"):
-            teacher, student = (evaluation[moment][who]["mean_average_precision"] for who in ("teacher", "student"))
-            voice.say(f"test mAP, {moment} epoch: teacher {teacher:.2f}, student {student:.2f}")
+            shown = (
+                f"{who} {evaluation[moment][who]['mean_average_precision']:.2f}"
+                for who in ("teacher", "student", "fused")
+                if who in evaluation[moment]
+            )
+            voice.say(f"test mAP, {moment} epoch: {', '.join(shown)}")
     voice.say(f"done in {evaluation['seconds']:.0f} s: {page}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scinet import config
-from scinet.errors import ConfigError, DataError, nearest
+from scinet.errors import CheckpointError, ConfigError, DataError, nearest
 from scinet.options import Options
 from scinet.rundir import RunDirectory, find
 
@@ -43,15 +43,23 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
 
     from scinet.data.views import Views
     from scinet.distributed import Ranks
+    from scinet.evaluation import fused
     from scinet.evaluation.evaluator import PlainSplit
     from scinet.evaluation.metrics import evaluate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = Ranks(0, 1, device)
+    classifier = _classifier(run, class_names, device)
     views: Views
     results = {}
     for who in ("teacher", "student"):
         network, views = _load(run, options, class_names, who, device)
-        scores = PlainSplit(card, split, views, None, options=options.data).score(network, Ranks(0, 1, device))
+        images = PlainSplit(card, split, views, None, options=options.data)
+        if who == "teacher" and classifier is not None:
+            scores, fused_scores = fused.both(images, network, classifier, ranks)
+            results["fused"] = evaluate(fused_scores.probabilities, fused_scores.truth).to_json()
+        else:
+            scores = images.score(network, ranks)
         results[who] = evaluate(scores.probabilities, scores.truth).to_json()
     if as_json:
         print(json.dumps({"run": str(path), "data": sources.place(card), "split": split, **results}, indent=1))
@@ -67,11 +75,18 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
         print(f"{who}: {shown}{partial}")
 
 
-def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int) -> int:
+def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int, is_fused: bool = False) -> int:
     """Print the classes of images and return how many could not be read.
 
+    Args:
+        path: of the run.
+        paths: images and folders of images.
+        style: ``text``, ``json`` or ``csv``.
+        top: classes shown an image.
+        is_fused: whether the bank has a say.
+
     Raises:
-        CheckpointError: if the run has no selected weights.
+        CheckpointError: if the run has no selected weights, or no bank that is asked for.
         ConfigError: if a path does not exist, or no image is found.
     """
     run, options = find(path)
@@ -81,8 +96,15 @@ def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int
     import torch
 
     from scinet.data.views import decode
+    from scinet.evaluation import fused
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = _classifier(run, class_names, device) if is_fused else None
+    if is_fused and classifier is None:
+        raise CheckpointError(
+            f"{path} has no bank: it was trained with fusion.weights=fixed, or by an earlier version; predict without "
+            "--fused, or train it anew"
+        )
     network, views = _load(run, options, class_names, "teacher", device)
     failures = 0
     write = _writer(style, class_names, min(top, len(class_names)))
@@ -97,7 +119,9 @@ def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int
                 print(f"skipped: {error}", file=sys.stderr)
         if images:
             with torch.no_grad():
-                probabilities = torch.sigmoid(network(torch.stack(images).to(device)).logits).cpu()
+                output = network(torch.stack(images).to(device))
+                logits = output.logits if classifier is None else fused.log_odds(classifier, output)
+                probabilities = torch.sigmoid(logits).cpu()
             for name, row in zip(names, probabilities.tolist(), strict=True):
                 write(name, row)
     if failures:
@@ -146,6 +170,20 @@ def _class_names(run: RunDirectory) -> tuple[str, ...]:
     if not path.is_file():
         raise DataError(f"{run.path} has no trained weights yet: {path} is missing")
     return tuple(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _classifier(run: RunDirectory, class_names: tuple[str, ...], device: Any) -> Any:
+    """Return the run's fused classifier on a device, or None where it has none."""
+    from scinet.checkpoint import weights
+    from scinet.fusion.classifier import from_tensors
+
+    path = run.checkpoints / "selected" / weights.BANK
+    if not path.is_file():
+        return None
+    try:
+        return from_tensors(weights.load_weights(path), num_classes=len(class_names)).to(device)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who: str, device: Any) -> tuple[Any, Any]:

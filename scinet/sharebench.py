@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from scinet import pairing, preflight
+from scinet.assembling import num_regions
 from scinet.data.card import DataCard
 from scinet.engine import uses_bf16
 from scinet.errors import ConfigError
-from scinet.fusion.bank import Neighbours
+from scinet.fusion.bank import Neighbours, blank
 from scinet.fusion.confidence import Fusion
 from scinet.model import backbone as model_backbone
 from scinet.model.label_graph import text_correlation
@@ -96,12 +97,16 @@ def _fusion_parts(
         options.correlation,
         text,
         width=width,
+        num_regions=num_regions(options),
         num_samples=sizes.bank + sizes.batch,
         samples_per_epoch=card.split("train").num_samples,
     )
     if sizes.bank:
-        fusion.update(_random_rows(0, sizes.bank, width, len(text), options.data.known_ratio, device))
-    batch = _random_rows(sizes.bank, sizes.batch, width, len(text), options.data.known_ratio, device)
+        fusion.update(
+            _random_rows(0, sizes.bank, width, len(text), fusion.num_regions, options.data.known_ratio, device)
+        )
+    known = options.data.known_ratio
+    batch = _random_rows(sizes.bank, sizes.batch, width, len(text), fusion.num_regions, known, device)
     differentiates = options.fusion.differentiable
 
     def combine() -> None:
@@ -117,16 +122,23 @@ def _fusion_parts(
 
 
 def _random_rows(
-    first: int, rows: int, width: int, num_classes: int, known_ratio: float, device: torch.device
+    first: int, rows: int, width: int, num_classes: int, num_regions: int, known_ratio: float, device: torch.device
 ) -> Neighbours:
-    """Return unit embeddings, labels of which one in ten is positive, and a confidence."""
+    """Return unit embeddings and regions, labels of which one in ten is positive, and a confidence."""
     generator = torch.Generator().manual_seed(first)
     embeddings = torch.nn.functional.normalize(torch.randn(rows, width, generator=generator), dim=1)
     labels = torch.where(torch.rand(rows, num_classes, generator=generator) < 0.1, 1, -1)
     is_known = torch.rand(rows, num_classes, generator=generator) < known_ratio
     confidence = torch.rand(rows, num_classes, generator=generator)
-    columns = (embeddings, (labels * is_known).to(torch.int8), confidence, torch.arange(first, first + rows))
-    return Neighbours(*(column.to(device) for column in columns))
+    regions = torch.nn.functional.normalize(torch.randn(rows, num_regions, width, generator=generator), dim=2)
+    found = blank(rows, num_classes, width, regions=num_regions)._replace(
+        embeddings=embeddings,
+        observed=(labels * is_known).to(torch.int8),
+        confidence=confidence,
+        indices=torch.arange(first, first + rows),
+        regions=regions.half(),
+    )
+    return Neighbours(*(column.to(device) for column in found))
 
 
 def _encoder_parts(options: Options, network: Network, sizes: Sizes, device: torch.device) -> list[Part]:

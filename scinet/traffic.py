@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from scinet.assembling import num_regions
 from scinet.engine import zero_config
-from scinet.fusion.bank import Neighbours
+from scinet.fusion.bank import blank
 from scinet.memory import Subject
 from scinet.options import Method, Options
 from scinet.rehearsal import Rehearsal, rehearsed
@@ -95,10 +96,10 @@ def shared(options: Options, num_classes: int, width: int) -> list[Message]:
     """
     rows, steps = options.train.global_batch_size, options.train.accumulation_steps
     with torch.device("meta"):
-        labels = torch.empty(rows, num_classes, dtype=torch.int8)
+        seen = blank(rows, num_classes, width, confidence=num_classes, regions=num_regions(options))
+        labels = seen.observed
         confidence, positive = torch.empty(rows, num_classes), torch.empty(rows, num_classes, dtype=torch.bool)
         index = torch.empty(rows, dtype=torch.int64)
-        seen = Neighbours(torch.empty(rows, width), labels, confidence, index)
         everyone = (torch.empty(rows, num_classes), labels, index)
     if options.method is not Method.scinet:
         asked = sum(column.nbytes for column in everyone)

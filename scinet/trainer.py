@@ -22,6 +22,7 @@ from scinet.data.stream import check_skipped
 from scinet.distributed import Ranks, gather_objects, share_first, sum_over_ranks
 from scinet.engine import Engine, partition, uses_bf16
 from scinet.errors import TrainingError
+from scinet.evaluation import fused
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import evaluate
 from scinet.fusion.confidence import Fusion
@@ -282,22 +283,38 @@ class Trainer:
         return self._materials.plain(split).score(forward, self._ranks, self._guard)
 
     def evaluate_holdout(self) -> bool:
-        """Score both networks on the hold-out, and return whether the teacher is the best so far. Collective."""
+        """Score both networks on the hold-out, and return whether the teacher is the best so far. Collective.
 
-        def holdout_map(*, use_teacher: bool) -> float:
-            scores = self.score("holdout", use_teacher=use_teacher)
-            return evaluate(scores.probabilities, scores.truth).mean_average_precision
-
-        teacher_map, student_map = holdout_map(use_teacher=True), holdout_map(use_teacher=False)
+        The fusion's weights are fitted there too.
+        """
+        scores, figures = self._judge_holdout()
+        teacher_map, student_map = (
+            evaluate(found.probabilities, found.truth).mean_average_precision
+            for found in (scores, self.score("holdout", use_teacher=False))
+        )
         progress = self.progress
         epoch = progress.epoch - 1
         row = {"step": progress.step, "epoch": epoch, "samples_seen": progress.samples}
-        self._log.write(row | {"holdout_map": teacher_map, "holdout_map_student": student_map})
+        self._log.write(row | {"holdout_map": teacher_map, "holdout_map_student": student_map} | figures)
         progress.judged, progress.last_map = progress.epoch, teacher_map
         is_best = teacher_map > progress.best_map
         if is_best:
             progress.best_map, progress.best_epoch = teacher_map, epoch
         return is_best
+
+    def _judge_holdout(self) -> tuple[Scores, dict[str, float]]:
+        """Return the teacher's scores on the hold-out, and what the fusion's terms are worth there. Collective."""
+        fusion = self.fusion
+        if fusion is None or not fusion.is_fitted:
+            return self.score("holdout", use_teacher=True), {}
+        fusion.refresh()
+        answer = fused.terms(self.teacher.forward, fusion.classifier(), num_regions=fusion.num_regions)
+        holdout = self._materials.plain("holdout", masked_by=self._options.data)
+        computed = holdout.compute(answer, self._ranks, self._guard)
+        weights, figures = fused.judge(computed)
+        if weights is not None:
+            fusion.weights = weights
+        return Scores(computed.columns[0], computed.truth), figures
 
     def state(self) -> State:
         """Return all that going on after this step needs. Collective.

@@ -16,6 +16,9 @@ from scinet.errors import CheckpointError
 from scinet.rundir import RunDirectory, write_text
 from scinet.trainer import Trainer
 
+BANK = "bank.safetensors"
+"""Beside the selected weights: what the fused classifier is made of."""
+
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Write weights as safetensors, whole or not at all.

@@ -49,6 +49,12 @@ class Mask:
             flipped=options.flipped_labels,
         )
 
+    def of_any_split(self, truth: npt.NDArray[np.int8], sample_id: str) -> npt.NDArray[np.int8]:
+        """Return observed [C] int8 of a sample that need not be of the training split: a mask file may not have it."""
+        if self._table is not None and self._table.find(sample_id) is None:
+            return truth
+        return self(truth, sample_id)
+
 
 @dataclass(frozen=True)
 class Example:

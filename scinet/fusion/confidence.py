@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from scinet.errors import ConfigError
-from scinet.fusion.bank import Bank, Neighbours
+from scinet.fusion import weights as fusion_weights
+from scinet.fusion.bank import Bank, Neighbours, blank
+from scinet.fusion.classifier import FusedClassifier
 from scinet.fusion.correlation import LabelCorrelation
+from scinet.fusion.evidence import MOST_CLASSES, CoCounts, Evidence, Reference, prior_log_odds
 from scinet.model.label_graph import propagation
-from scinet.options import Bandwidth, Combine, CorrelationOptions, FusionOptions, Memory
+from scinet.options import Bandwidth, Combine, CorrelationOptions, FusionOptions, Memory, Weights
 from scinet_kernels import gaussian_propagate, nearest_neighbours
 
 _SMALLEST_PROBABILITY = 1e-3
@@ -26,12 +29,13 @@ _LARGEST_RATE = 0.9
 
 
 class Confidence(NamedTuple):
-    """Q and its parts P, N and L, each [B, C] fp32; a part that is switched off is None."""
+    """Q and its parts P, N, L and R, each [B, C] fp32; a part that is switched off is None."""
 
     unified: Tensor
     teacher: Tensor
     instance: Tensor | None
     label: Tensor | None
+    region: Tensor | None = None
 
 
 class _Counting(NamedTuple):
@@ -52,6 +56,7 @@ class Fusion:
         text: Tensor,
         *,
         width: int,
+        num_regions: int = 0,
         num_samples: int,
         samples_per_epoch: int,
     ) -> None:
@@ -62,6 +67,7 @@ class Fusion:
             correlation_options: the ``correlation`` section.
             text: [C, C] correlation of the text embeddings.
             width: D.
+            num_regions: R, 0 where none are kept.
             num_samples: size of the sample index, for the dense memory.
             samples_per_epoch: N of the training split.
 
@@ -74,13 +80,24 @@ class Fusion:
             text, correlation_options, samples_per_epoch=samples_per_epoch, needs_confidence=is_linear
         )
         num_classes = len(text)
-        self.bank = Bank(
+        device = text.device
+        self.is_fitted = options.enabled and options.weights is Weights.fitted
+        rows = blank(
             options.bank_size if options.enabled else 0,
-            width,
             num_classes,
-            keeps_confidence=is_linear,
-            device=text.device,
+            width,
+            confidence=num_classes if is_linear else 0,
+            device=device,
         )
+        self.bank = Bank(rows, num_samples=num_samples, is_ring=not self.is_fitted)
+        size = options.region_bank_size if num_regions else 0
+        regions = blank(size, num_classes, width, regions=num_regions, device=device)
+        self._region_bank = Bank(regions._replace(embeddings=regions.embeddings[:, :0]), num_samples=num_samples)
+        self.num_regions = num_regions
+        self.weights = torch.tensor(fusion_weights.PRIOR, dtype=torch.float64)
+        """Of ``weights.TERMS``; set by the evaluation on the hold-out, where ``is_fitted``."""
+        self._uses = options.instance_evidence, options.label_evidence and num_classes <= MOST_CLASSES, size > 0
+        self._counts = CoCounts.of(rows.observed[:0]) if self._uses[1] and self.is_fitted else None
         self._memory = self._allocate_memory(num_samples, num_classes, text.device)
 
     def _allocate_memory(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor | None:
@@ -110,22 +127,65 @@ class Fusion:
         raw: Tensor
         instance: Tensor | None
         label: Tensor | None
+        if self.is_fitted:
+            raw, parts = self._fitted(batch)
+            return Confidence(_override(self._remembered(batch, raw), observed), probabilities, *parts)
         if self.options.combine is Combine.linear:
             raw, instance, label = self._linear(batch, probabilities, everyone)
         else:
             raw, instance, label = self._evidence(batch, probabilities, everyone)
-        if self._memory is not None:
-            previous = self._memory[batch.indices]
-            mixed = self.options.momentum * previous + (1 - self.options.momentum) * raw
-            raw = torch.where(previous.isnan(), raw, mixed)
-        return Confidence(_override(raw, observed), probabilities, instance, label)
+        return Confidence(_override(self._remembered(batch, raw), observed), probabilities, instance, label)
+
+    def _remembered(self, batch: Neighbours, raw: Tensor) -> Tensor:
+        """Return the confidence [B, C] mixed with what is remembered of the samples."""
+        if self._memory is None:
+            return raw
+        previous = self._memory[batch.indices]
+        mixed = self.options.momentum * previous + (1 - self.options.momentum) * raw
+        return torch.where(previous.isnan(), raw, mixed)
+
+    def target(self, unified: Tensor) -> Tensor:
+        """Return what the student is taught of Q [B, C]: its log-odds times ``fusion.target_sharpness``."""
+        sharpness = self.options.target_sharpness
+        if sharpness == 1:
+            return unified
+        return torch.where((unified > 0) & (unified < 1), torch.sigmoid(sharpness * torch.logit(unified)), unified)
 
     def update(self, everyone: Neighbours) -> None:
         """Take the global batch, in global order and with its confidence, into moments, memory and bank."""
         self.correlation.update(everyone.observed, everyone.confidence)
         self.bank.append(everyone)
+        self._region_bank.append(everyone)
         if self._memory is not None:
             self._memory[everyone.indices] = everyone.confidence
+
+    def classifier(self) -> FusedClassifier:
+        """Return what the bank and the weights say as they are now; only where ``is_fitted``."""
+        counts = self._counts or CoCounts.of(self.bank.rows().observed[:, :0])
+        reference = Reference(
+            self.bank.rows(),
+            self._region_bank.rows(),
+            counts,
+            shrinkage=self.options.label_shrinkage,
+            noise=self.options.label_noise,
+        )
+        return FusedClassifier(reference, self.weights, self._uses)
+
+    def refresh(self) -> None:
+        """Take the correlation of the labels from the bank as it is now."""
+        if self._counts is not None:
+            self._counts = CoCounts.of(self.bank.rows().observed)
+
+    def _fitted(self, batch: Neighbours) -> tuple[Tensor, list[Tensor | None]]:
+        """Return Q of unknown cells, and N, L and R as probabilities; a term of weight 0 costs nothing."""
+        classifier = self.classifier()
+        evidence = Evidence(None, None, None)
+        if len(self.bank):
+            evidence = classifier.evidence(batch, only_weighty=True)
+        cells = fusion_weights.features(batch.confidence, evidence)
+        raw = torch.sigmoid(cells @ self.weights.to(cells.device)).float()
+        prior = prior_log_odds(classifier.reference.rows, batch)
+        return raw, [None if shift is None else torch.sigmoid(prior + shift) for shift in evidence]
 
     def _evidence(
         self, batch: Neighbours, probabilities: Tensor, everyone: Neighbours
@@ -224,11 +284,22 @@ class Fusion:
         """Return bank, moments and memory."""
         state = {f"bank.{key}": value for key, value in self.bank.state_dict().items()}
         state |= {f"correlation.{key}": value for key, value in self.correlation.state_dict().items()}
-        return state | ({} if self._memory is None else {"memory": self._memory})
+        state |= {} if self._memory is None else {"memory": self._memory}
+        if self.is_fitted:
+            state["weights"] = self.weights
+            state |= {f"regions.{key}": value for key, value in self._region_bank.state_dict().items()}
+            state |= {} if self._counts is None else {f"counts.{k}": v for k, v in self._counts._asdict().items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the state of another instance of the same sizes."""
-        for prefix, part in (("bank.", self.bank), ("correlation.", self.correlation)):
+        parts: dict[str, Bank | LabelCorrelation] = {"bank.": self.bank, "correlation.": self.correlation}
+        if self.is_fitted:
+            parts["regions."] = self._region_bank
+            self.weights = state["weights"].clone()
+            if self._counts is not None:
+                self._counts = CoCounts(*(state[f"counts.{name}"].clone() for name in CoCounts._fields))
+        for prefix, part in parts.items():
             part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         if self._memory is not None:
             self._memory.copy_(state["memory"])

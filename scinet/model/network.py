@@ -27,10 +27,15 @@ _SHORTEST = 1e-12  # as torch's normalize
 
 
 class Output(NamedTuple):
-    """Logits [N, C] and unit image embeddings [N, D], both fp32."""
+    """Logits [N, C] and unit image embeddings [N, D], both fp32.
+
+    Where the head compares regions with text, also the unit embeddings of regions [N, R, D] and of classes [C, D].
+    """
 
     logits: Tensor
     embeddings: Tensor
+    regions: Tensor | None = None
+    text: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,8 @@ class Network(nn.Module):
         image, text = _unit(features.float()), _unit(text)
         if self._needs_regions:
             assert regions is not None, "towers without regions are refused"
-            return Output(self._biased(_mean_odds(self.scale * _unit(regions.float()) @ text.T)), image)
+            regions = _unit(regions.float())
+            return Output(self._biased(_mean_odds(self.scale * regions @ text.T)), image, regions, text)
         if self.attend_text is None or self.attend_image is None:
             cosine = image @ text.T
         else:

@@ -97,5 +97,11 @@ def pooled_to(regions: Tensor, side: int) -> Tensor:
             f"'data.cached_regions' is {side}, expected at most {own}: the image tower shows {own} x {own} regions at "
             "this 'model.image_size'"
         )
+    return resampled(regions, side)
+
+
+def resampled(regions: Tensor, side: int) -> Tensor:
+    """Return regions [B, R, F], row by row of a square, over a grid of ``side`` x ``side``: means, or repeated."""
+    own = math.isqrt(regions.shape[1])
     grid = regions.transpose(1, 2).reshape(len(regions), -1, own, own)
     return nn.functional.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)

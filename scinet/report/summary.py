@@ -77,6 +77,7 @@ def headline(options: Options, evaluation: dict[str, Any]) -> list[tuple[str, st
         selected, last = evaluation["selected"], evaluation["last"]
         rows = [
             ("Test mAP, teacher at the selected epoch", _map(selected["teacher"])),
+            *([("Test mAP, teacher and bank (fused)", _map(selected["fused"]))] if "fused" in selected else []),
             ("Test mAP, student at the selected epoch", _map(selected["student"])),
             ("Test mAP, teacher at the last step", _map(last["teacher"])),
         ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from scinet import config
 from scinet.data.batch import Batch
 from scinet.distributed import Ranks
-from scinet.fusion.bank import Neighbours
+from scinet.fusion.bank import Neighbours, plain_rows
 from scinet.fusion.confidence import Fusion
 from scinet.fusion.thresholds import DynamicThresholds
 from scinet.model.label_graph import propagation
@@ -90,6 +90,7 @@ def _scene(*overrides: str) -> _Scene:
         *("loss.assumed_soft_weight=0.3", "loss.assumed_negative_weight=0.15", "correlation.graph_top_k=2"),
         *("correlation.temperature=0.4", "loss.distillation_weight=3", "fusion.momentum=0.6"),
         "model.bi_dominant=none",
+        "fusion.weights=fixed",
     ]
     options = config.load(None, [*given, *overrides])
     text = torch.corrcoef(torch.randn(C, 9, generator=generator))
@@ -103,7 +104,7 @@ def _scene(*overrides: str) -> _Scene:
     past = torch.randint(-1, 2, (30, C), generator=generator).to(torch.int8)
     past[:, 1].clamp_(min=0)  # a class of which positives alone are known
     seen = outputs(30, 1.0)
-    fusion.update(Neighbours(seen.embeddings, past, torch.sigmoid(seen.logits), torch.arange(40, 70)))
+    fusion.update(plain_rows(seen.embeddings, past, torch.sigmoid(seen.logits), torch.arange(40, 70)))
     thresholds.update(torch.rand(30, C, generator=generator) < torch.linspace(0.05, 0.9, C))
     batches, students = [], []
     for number, size in enumerate((6, 4)):
@@ -122,7 +123,7 @@ def _scene(*overrides: str) -> _Scene:
         batches.append(batch)
         student = outputs(3 * size, 2.0)
         student.logits[:: size + 1] -= 6  # one image a view, another each time, of which no class passes
-        students.append(Output(*(x.requires_grad_() for x in student)))
+        students.append(Output(*(x.requires_grad_() for x in student[:2])))
     views = [outputs(len(batches[number // 3].observed), 1.0) for number in range(6)]
     aim = Objective(options, fusion, thresholds, Ranks(0, 1, CPU))
 
@@ -203,7 +204,7 @@ def test_parts_equal_the_plain_loops_when_rows_are_missing_and_a_class_lacks_neg
 def test_confidence_is_the_fusions_of_the_medium_view_when_all_samples_of_the_step_are_neighbours() -> None:
     scene = _scene()
     everyone = [
-        Neighbours(view.embeddings, batch.observed, torch.sigmoid(view.logits), batch.index)
+        plain_rows(view.embeddings, batch.observed, torch.sigmoid(view.logits), batch.index)
         for view, batch in zip(scene.views[1::3], scene.batches, strict=True)
     ]
     joined = Neighbours(*(torch.cat(columns)[:8] for columns in zip(*everyone, strict=True)))

@@ -449,7 +449,7 @@ def test_best_epoch_is_the_first_of_the_teachers_best(ranks: Ranks, monkeypatch:
     assert found == [True, False, True, False]
     assert (trainer.progress.best_epoch, trainer.progress.best_map, trainer.progress.last_map) == (2, 60.0, 55.0)
     judged = [row for row in log.rows if "holdout_map" in row]
-    assert judged[1] == {
+    assert {key: value for key, value in judged[1].items() if not key.startswith("fusion/")} == {
         "step": 8,
         "epoch": 1,
         "samples_seen": 48,

@@ -18,7 +18,7 @@ from scinet.model.network import Output
 from scinet.objective import Objective, Phase, Step
 
 CPU = torch.device("cpu")
-G, C, D, MEMORY = 12, 5, 8, 30
+G, C, D, R, MEMORY = 12, 5, 8, 4, 30
 
 
 class _Meeting:
@@ -55,6 +55,7 @@ class _Samples:
         self.valid = torch.arange(G) < num_valid
         self.logits = (3 * torch.randn(3, G, C, generator=generator)).requires_grad_()
         self.embeddings, self.seen = unit(3, G, D), unit(G, D)
+        self.regions, self.text = unit(G, R, D), unit(C, D)
         self.teacher = 2 * torch.randn(G, C, generator=generator)
         self.observed = torch.randint(-1, 2, (G, C), generator=generator).to(torch.int8) * self.valid[:, None]
         self.index = torch.where(self.valid, torch.randperm(MEMORY, generator=generator)[:G], -1)
@@ -65,14 +66,23 @@ class _Samples:
         ids = tuple(f"{row}" if ok else "" for row, ok in zip(rows.tolist(), valid, strict=True))
         batch = Batch(torch.zeros(3 * len(rows), 1), observed, observed, self.index[rows], ids, valid)
         student = Output(self.logits[:, rows].flatten(0, 1), self.embeddings[:, rows].flatten(0, 1))
-        return batch, student, Output(self.teacher[rows], self.seen[rows])
+        return batch, student, Output(self.teacher[rows], self.seen[rows], self.regions[rows], self.text)
 
 
 def _aim(ranks: Ranks, *overrides: str) -> Objective:
     words = ["loss.hard_k=3", "loss.threshold_window=20", "fusion.bank_size=16", *overrides]
     options = config.load(None, words)
     text = torch.eye(C)
-    fusion = Fusion(options.fusion, options.correlation, text, width=D, num_samples=MEMORY, samples_per_epoch=MEMORY)
+    fusion = Fusion(
+        options.fusion,
+        options.correlation,
+        text,
+        width=D,
+        num_regions=R if options.fusion.region_evidence else 0,
+        num_samples=MEMORY,
+        samples_per_epoch=MEMORY,
+    )
+    fusion.weights = torch.tensor([0.9, 1.5, 0.4, 2.0, 0.1], dtype=torch.float64)
     return Objective(options, fusion, DynamicThresholds(C, hard_k=3, window=20, device=CPU), ranks)
 
 
@@ -107,6 +117,7 @@ def _train(
         gradients.append(gradient)
         for aim, look in zip(aims, looks, strict=True):
             aim.update(look, phase)
+            aim.fusion.refresh()
     return losses, gradients, [aim.state_dict() for aim in aims]
 
 
@@ -119,11 +130,18 @@ def _never(_: Any) -> Output:
     "overrides",
     [
         (),
-        ("fusion.combine=evidence", "fusion.bandwidth=adaptive", "fusion.bandwidth_neighbours=3"),
-        ("fusion.memory=none", "fusion.momentum=0", "fusion.combine=linear"),
+        ("fusion.region_evidence=true", "fusion.region_bank_size=20"),
+        ("fusion.weights=fixed",),
+        (
+            "fusion.weights=fixed",
+            "fusion.combine=evidence",
+            "fusion.bandwidth=adaptive",
+            "fusion.bandwidth_neighbours=3",
+        ),
+        ("fusion.weights=fixed", "fusion.memory=none", "fusion.momentum=0", "fusion.combine=linear"),
         ("profile=release", "model.bi_dominant=none"),
     ],
-    ids=["default", "evidence", "linear", "release"],
+    ids=["default", "regions", "fixed", "evidence", "linear", "release"],
 )
 def test_loss_gradient_and_state_are_those_of_one_rank(
     monkeypatch: pytest.MonkeyPatch, world_size: int, accumulation: int, overrides: tuple[str, ...]

@@ -21,7 +21,7 @@ from scinet.evaluation.comparison import keys, plan, scoring, tables, training, 
 from scinet.evaluation.comparison.keys import Facts
 from scinet.evaluation.comparison.plan import Cell, Plan
 from scinet.evaluation.comparison.scoring import Entry
-from scinet.evaluation.comparison.store import MOMENTS, Record, Store, TestSet
+from scinet.evaluation.comparison.store import Record, Store, TestSet
 from scinet.evaluation.comparison.workers import Task
 from scinet.options import Method
 from scinet.report import comparison_page
@@ -128,7 +128,7 @@ def recompute(wanted: Plan, jobs: int | None, voice: Voice) -> dict[str, Any]:
         record = grid.records[key]
         found = {
             moment: training.judge(grid.store.predictions(key, moment), test_sets[record.truth].truth)
-            for moment in MOMENTS
+            for moment in grid.records[key].judgements
         }
         return dataclasses.replace(record, judgements=found)
 

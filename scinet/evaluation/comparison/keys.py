@@ -17,7 +17,7 @@ from scinet.data import sources
 from scinet.errors import ConfigError
 from scinet.evaluation.comparison.plan import Cell
 from scinet.model import backbone
-from scinet.options import DataOptions, FusionOptions, Method, Options
+from scinet.options import DataOptions, FusionOptions, Method, Options, Weights
 from scinet.paths import cache_directory
 from scinet.rundir import FREE_ON_RESUME, write_text
 
@@ -29,6 +29,8 @@ count. Options at their defaults have no part in a key, so that a new one leaves
 REVISIONS = {Method.scpnet: 1, Method.full_labels: 1}
 """How often that has changed for one method alone; raised instead of SEMANTICS, it leaves the others' cells valid."""
 
+# fixed weights were the only ones, and the default, when the first cells were made: their keys do not name them
+_DEFAULT = Options(fusion=FusionOptions(weights=Weights.fixed))
 # the mask file counts by its content, the data by their card
 _WITHOUT_EFFECT = {*FREE_ON_RESUME, "name", "data.path", "data.mask_file", "train.log_every_steps"} - {
     *("train.on_bad_numbers", "train.max_bad_steps")
@@ -104,7 +106,7 @@ def key_of(options: Options, facts: Facts) -> str | None:
         mask = facts.masks[options.data.mask_file] if options.data.mask_file else ""
     except KeyError:
         return None
-    default = effective(Options())
+    default = effective(_DEFAULT)
     changed = {key: value for key, value in effective(options).items() if value != default[key]}
     revision = [REVISIONS[options.method]] if options.method in REVISIONS else []
     described = json.dumps([SEMANTICS, changed, *known, mask, *revision], sort_keys=True)
@@ -118,12 +120,16 @@ def effective(options: Options) -> dict[str, Any]:
     """
     if options.method is Method.zero_shot:
         options = Options(
-            method=options.method, data=unmasked(options.data), model=options.model, correlation=options.correlation
+            method=options.method,
+            data=unmasked(options.data),
+            model=options.model,
+            correlation=options.correlation,
+            fusion=_DEFAULT.fusion,
         )
     elif options.method is not Method.scinet:
         is_whole = options.method is Method.full_labels
         data = unmasked(options.data) if is_whole else options.data
-        options = dataclasses.replace(options, data=data, fusion=FusionOptions())
+        options = dataclasses.replace(options, data=data, fusion=_DEFAULT.fusion)
     return {key: _value(options, key) for key in _keys()}
 
 

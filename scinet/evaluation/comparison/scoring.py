@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scinet.evaluation.comparison.plan import Cell, Plan
 from scinet.evaluation.comparison.plan import unchanged as find_unchanged
-from scinet.evaluation.comparison.store import MOMENTS, Record, TestSet
+from scinet.evaluation.comparison.store import FUSED, MOMENTS, Record, TestSet
 from scinet.evaluation.metrics import percentile_interval
 from scinet.options import Method
 
@@ -24,6 +24,7 @@ MEAN = "mean over known ratios"
 TITLES = {
     "selected": "Test mAP at the epoch that the hold-out selects",
     "last": "Test mAP at the last epoch",
+    FUSED: "Test mAP of the fused answer, of that epoch and its bank",
     "test_peak": "Test-set peak: the highest test mAP of all epochs, chosen on the test images themselves",
 }
 
@@ -59,7 +60,8 @@ def summarise(plan: Plan, entries: Sequence[Entry], test_sets: dict[str, TestSet
         test_sets: by name, those that records refer to.
     """
     done = [entry for entry in entries if entry.record]
-    moments = (*MOMENTS, "test_peak") if plan.test_peak else MOMENTS
+    has_fused = any(FUSED in entry.record.judgements for entry in done if entry.record)
+    moments = (*MOMENTS, *([FUSED] if has_fused else []), *(["test_peak"] if plan.test_peak else []))
     ceilings = _ceilings(entries)
     rows = {moment: _table(plan, entries, moment, ceilings) for moment in moments}
     unchanged = find_unchanged(plan)
@@ -109,7 +111,7 @@ def _table(plan: Plan, entries: Sequence[Entry], moment: str, ceilings: Sequence
     grid: dict[tuple[str, str], _Scores] = {}
     for entry in entries:
         scores = grid.setdefault((entry.cell.method, entry.cell.column.name), {})
-        if entry.record:
+        if entry.record and (moment != FUSED or FUSED in entry.record.judgements):
             scores[entry.cell.seed] = _score(entry.record, moment)
     ratios, names = _ratios(plan), [column.name for column in plan.columns]
     if len(ratios) > 1:
@@ -290,7 +292,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     }
     if record is None:
         return row
-    figures = {moment: record.judgements[moment].mean_average_precision for moment in MOMENTS}
+    figures = {moment: judged.mean_average_precision for moment, judged in record.judgements.items()}
     course = asdict(record.course)
     f1 = {name: getattr(record.judgements["selected"], name) for name in ("class_f1", "overall_f1")}
     return row | figures | f1 | course | {"truth": record.truth}

@@ -25,6 +25,8 @@ from scinet.rundir import exclusive, write_text
 
 _LOCK, _SHARED_LOCK = ".cells.lock", ".shared.lock"
 MOMENTS = ("selected", "last")
+FUSED = "fused"
+"""The selected teacher and its bank; not of every cell."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,14 @@ class Store:
         try:
             tree = json.loads(self._figures(key).read_text(encoding="utf-8"))
             with safe_open(str(self._predictions(key)), framework="pt") as file:
-                resampled = {moment: file.get_tensor(f"{moment}_resampled") for moment in MOMENTS}
+                resampled = {moment: file.get_tensor(f"{moment}_resampled") for moment in tree["judgements"]}
             judged = {
-                moment: Judgement(**tree["judgements"][moment], resampled=resampled[moment]) for moment in MOMENTS
+                moment: Judgement(**figures, resampled=resampled[moment])
+                for moment, figures in tree["judgements"].items()
             }
             record = Record(Course(**tree["course"]), judged, tree["truth"])
+            if not judged.keys() >= set(MOMENTS):
+                return None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
         is_whole = self._truth(record.truth).is_file() and (not test_peak or record.course.test_peak is not None)

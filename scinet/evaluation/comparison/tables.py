@@ -18,7 +18,8 @@ _CEILING = " {} sees all labels and does not compete."
 _OWN = " (own): the value that the first method has itself."
 _NONE = "\N{EN DASH}"
 _COLUMNS = (
-    *("method", "column", "known_ratio", "seed", "state", "selected", "last", "test_peak", "student", "holdout"),
+    *("method", "column", "known_ratio", "seed", "state", "selected", "last", "fused", "test_peak"),
+    *("student", "holdout"),
     *("best_epoch", "num_epochs", "class_f1", "overall_f1", "seconds", "device", "key", "failure"),
 )
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from scinet import materials, rundir
 from scinet.distributed import Ranks
 from scinet.errors import DataError
+from scinet.evaluation import fused
 from scinet.evaluation.comparison import keys
-from scinet.evaluation.comparison.store import Course, Finished, Judgement, Record, Store, TestSet
+from scinet.evaluation.comparison.store import FUSED, Course, Finished, Judgement, Record, Store, TestSet
 from scinet.evaluation.evaluator import Scores
 from scinet.evaluation.metrics import bootstrap, evaluate
 from scinet.materials import Materials
@@ -54,7 +55,8 @@ class Trainings:
             scores, told = _untrained(made.plain("test").score(network, ranks))
         else:
             trainer = Trainer(options, made, ranks, MetricsLog(None), Silence())
-            scores, told = _trained(trainer, test_peak=test_peak)
+            scores, best, told = _trained(trainer, test_peak=test_peak)
+            scores |= _fused(options, made, ranks, best)
         course = Course(**told, seconds=time.monotonic() - started, world=_world(ranks))
         judgements = {moment: judge(found.probabilities, found.truth) for moment, found in scores.items()}
         card = made.card
@@ -90,8 +92,10 @@ def _untrained(scores: Scores) -> tuple[dict[str, Scores], dict[str, Any]]:
     return {"selected": scores, "last": scores}, told
 
 
-def _trained(trainer: Trainer, *, test_peak: bool) -> tuple[dict[str, Scores], dict[str, Any]]:
+def _trained(trainer: Trainer, *, test_peak: bool) -> tuple[dict[str, Scores], dict[str, Tensor], dict[str, Any]]:
+    """Return test scores by moment, the selected teacher's weights, and what else the training tells."""
     found: dict[str, Scores] = {}
+    best: dict[str, Tensor] = {}
     peak: float | None = None
     while not trainer.is_finished:
         trainer.train_epoch()
@@ -102,19 +106,34 @@ def _trained(trainer: Trainer, *, test_peak: bool) -> tuple[dict[str, Scores], d
             scores = trainer.score("test", use_teacher=True)
         if is_best:
             found["selected"] = scores
+            best = trainer.teacher_weights()
         if test_peak:
             peak = max(_map(scores), peak or 0.0)
     if "selected" not in found:
         raise DataError("the hold-out selects no epoch, since its mAP is no number: none of its labels is positive")
     found["last"] = trainer.score("test", use_teacher=True)
     progress = trainer.progress
-    return found, {
-        "holdout": progress.best_map,
-        "best_epoch": progress.best_epoch,
-        "num_epochs": progress.epoch,
-        "student": _map(trainer.score("test", use_teacher=False)),
-        "test_peak": peak,
-    }
+    return (
+        found,
+        best,
+        {
+            "holdout": progress.best_map,
+            "best_epoch": progress.best_epoch,
+            "num_epochs": progress.epoch,
+            "student": _map(trainer.score("test", use_teacher=False)),
+            "test_peak": peak,
+        },
+    )
+
+
+def _fused(options: Options, made: Materials, ranks: Ranks, best: dict[str, Tensor]) -> dict[str, Scores]:
+    """Return the test scores of the selected teacher and its bank, where it has one."""
+    if not fused.is_wanted(options):
+        return {}
+    network = made.network(options).to(ranks.device).eval()
+    network.load_state_dict(best)
+    classifier = fused.build(network, made, options, ranks)
+    return {} if classifier is None else {FUSED: fused.both(made.plain("test"), network, classifier, ranks)[1]}
 
 
 def judge(probabilities: Tensor, truth: Tensor) -> Judgement:

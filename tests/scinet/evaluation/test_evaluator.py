@@ -168,7 +168,8 @@ def test_rows_of_all_ranks_are_the_split_once_and_in_order(
     split = _plain(card, features, SKIP)
     sent, batches = zip(*(_sent(monkeypatch, split, rank, world_size) for rank in range(world_size)), strict=True)
     assert len(set(batches)) == 1, "every call of the model is a collective"
-    probabilities, truth, is_sample = (torch.stack(rows, dim=1).flatten(0, 1) for rows in zip(*sent, strict=True))
+    columns = (torch.stack(rows, dim=1).flatten(0, 1) for rows in zip(*sent, strict=True))
+    probabilities, truth, _observed, _indices, is_sample = columns
     kept = [number for number in range(num_samples) if number not in missing]
     assert torch.equal(truth[is_sample], features.truth[kept])
     torch.testing.assert_close(probabilities[is_sample], torch.sigmoid(features.plain[kept, :3]))
@@ -183,7 +184,8 @@ def test_images_of_all_ranks_are_the_split_once_and_in_order(
         *(_sent(monkeypatch, _plain(spoilt, None, SKIP), rank, world_size) for rank in range(world_size)), strict=True
     )
     assert set(batches) == {1}
-    probabilities, truth, is_sample = (torch.stack(rows, dim=1).flatten(0, 1) for rows in zip(*sent, strict=True))
+    columns = (torch.stack(rows, dim=1).flatten(0, 1) for rows in zip(*sent, strict=True))
+    probabilities, truth, _observed, _indices, is_sample = columns
     assert torch.equal(probabilities[is_sample], alone.probabilities)
     assert torch.equal(truth[is_sample], alone.truth)
     assert len(alone.truth) == 6

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scinet.errors import ConfigError
-from scinet.fusion.bank import Neighbours
+from scinet.fusion.bank import Neighbours, plain_rows
 from scinet.fusion.confidence import Confidence, Fusion, conditional_expectation
-from scinet.options import Bandwidth, Combine, CorrelationOptions, CorrelationSource, FusionOptions, Memory
+from scinet.options import Bandwidth, Combine, CorrelationOptions, CorrelationSource, FusionOptions, Memory, Weights
 from scinet_kernels import pearson
 
 C, D, N = 4, 6, 1000
@@ -31,7 +31,7 @@ def _fusion(
     *, correlation: CorrelationOptions | None = None, num_samples: int = N, text: Tensor = TEXT, **options: Any
 ) -> Fusion:
     without_memory = {"momentum": 0.0, "memory": Memory.none}
-    options = {"bank_size": 64, "bandwidth_value": 0.7} | without_memory | EVIDENCE | options
+    options = {"weights": Weights.fixed, "bank_size": 64, "bandwidth_value": 0.7} | without_memory | EVIDENCE | options
     return Fusion(
         FusionOptions(**options),
         correlation or CorrelationOptions(),
@@ -47,7 +47,7 @@ def _rows(size: int, seed: int, start: int = 0, num_classes: int = C) -> Neighbo
     embeddings = torch.nn.functional.normalize(torch.randn(size, D, generator=generator), dim=1)
     observed = torch.randint(-1, 2, (size, num_classes), generator=generator).to(torch.int8)
     confidence = torch.rand(size, num_classes, generator=generator)
-    return Neighbours(embeddings, observed, confidence, torch.arange(start, start + size))
+    return plain_rows(embeddings, observed, confidence, torch.arange(start, start + size))
 
 
 def _probabilities(size: int, seed: int = 0, num_classes: int = C) -> Tensor:
@@ -263,8 +263,8 @@ def test_neighbour_moves_the_vote_when_its_label_is_known(where: str, sign: int)
     base = base._replace(observed=torch.zeros(1, C, dtype=torch.int8))
     labels = torch.zeros(1, C, dtype=torch.int8)
     labels[0, 2] = sign
-    other = Neighbours(base[0].clone(), labels, base[2], torch.tensor([7]))
-    far = Neighbours(-base[0], -labels, base[2], torch.tensor([8]))
+    other = plain_rows(base[0].clone(), labels, base[2], torch.tensor([7]))
+    far = plain_rows(-base[0], -labels, base[2], torch.tensor([8]))
     fusion = _fusion()
     fusion.correlation.update(_rows(200, 5)[1], None)
     if where == "bank":
@@ -393,7 +393,7 @@ def test_gradient_reaches_the_embeddings_when_they_require_it() -> None:
 def test_confidence_is_finite_and_no_state_changes_when_no_rank_has_a_sample(options: dict[str, Any]) -> None:
     fusion = _fusion(**options)
     nobody = Neighbours(*(column[:0] for column in _rows(2, 0)))
-    batch = Neighbours(
+    batch = plain_rows(
         torch.zeros(2, D), torch.zeros(2, C, dtype=torch.int8), _probabilities(2), torch.tensor([-1, -1])
     )
     assert fusion.combine(batch, _probabilities(2), nobody).unified.isfinite().all()
@@ -410,7 +410,7 @@ def test_neighbours_tell_present_from_absent_when_only_positives_are_known() -> 
     observed = torch.zeros(40, C, dtype=torch.int8)
     observed[torch.arange(40), 2 * kind + torch.arange(40) // 2 % 2] = 1
     truth = torch.nn.functional.one_hot(kind, 2).repeat_interleave(2, dim=1).float()
-    rows = Neighbours(embeddings, observed, 0.1 + 0.8 * truth, torch.arange(40))
+    rows = plain_rows(embeddings, observed, 0.1 + 0.8 * truth, torch.arange(40))
     fusion = _fusion(**POOL | {"instance_weight": 1.0, "label_weight": 0.5})
     fusion.update(rows)
     batch = Neighbours(*(column[:2] for column in rows))
@@ -423,7 +423,7 @@ def test_neighbours_tell_present_from_absent_when_only_positives_are_known() -> 
 def test_known_positive_stands_for_those_that_the_teacher_sees() -> None:
     observed = torch.zeros(10, C, dtype=torch.int8)
     observed[:, 0], observed[:5, 1], observed[5:, 1], observed[:2, 2] = 1, 1, -1, 1
-    rows = Neighbours(torch.zeros(10, D), observed, torch.full((10, C), 0.9), torch.arange(10))
+    rows = plain_rows(torch.zeros(10, D), observed, torch.full((10, C), 0.9), torch.arange(10))
     fusion = _fusion()
     fusion.update(rows)
     counting = fusion._count(rows)
@@ -443,7 +443,7 @@ def test_hidden_positives_are_bounded_when_the_teacher_sees_far_more_or_fewer_th
 ) -> None:
     observed = torch.zeros(40, C, dtype=torch.int8)
     observed[:num_known, 0] = 1
-    rows = Neighbours(torch.zeros(40, D), observed, torch.full((40, C), seen / C), torch.arange(40))
+    rows = plain_rows(torch.zeros(40, D), observed, torch.full((40, C), seen / C), torch.arange(40))
     fusion = _fusion()
     fusion.update(rows)
     counting = fusion._count(rows)

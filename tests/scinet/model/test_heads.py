@@ -222,7 +222,7 @@ def test_outputs_have_their_shapes_and_all_of_the_head_trains(
     make_backbone: MakeBackbone, head: Head, *, freeze_image: bool
 ) -> None:
     network = _network(make_backbone, head=head, freeze_image=freeze_image)
-    logits, embeddings = network(_images())
+    logits, embeddings, *_ = network(_images())
     assert (logits.shape, logits.dtype, embeddings.shape) == ((4, C), torch.float32, (4, WIDTH))
     assert_close(embeddings.norm(dim=1), torch.ones(4))
     logits.square().sum().backward()
@@ -236,7 +236,7 @@ def test_outputs_have_their_shapes_and_all_of_the_head_trains(
 def test_outputs_are_fp32_when_weights_are_bf16(make_backbone: MakeBackbone, head: Head) -> None:
     network = _network(make_backbone, head=head)
     exact = network(_images())
-    for mine, theirs in zip(network.to(torch.bfloat16)(_images()), exact, strict=True):
+    for mine, theirs in zip(network.to(torch.bfloat16)(_images())[:2], exact[:2], strict=True):
         assert mine.dtype == torch.float32
         assert_close(mine, theirs, rtol=0.1, atol=0.1 * float(theirs.detach().abs().max()))
 

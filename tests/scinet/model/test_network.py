@@ -70,7 +70,7 @@ def test_logits_equal_the_formula_when_the_gates_are_open(make_backbone: MakeBac
     unit = nn.functional.normalize
     pooled, regions = network.image.features(_images())
     text = unit(network.label_graph(network.prompter(network.frozen.text), network.get_buffer("graph")), dim=-1)
-    logits, embeddings = network(_images())
+    logits, embeddings, *_ = network(_images())
     for row in range(4):
         f = unit(network.image.projection(pooled[row]), dim=-1)
         keys = f[None]
@@ -84,7 +84,7 @@ def test_logits_equal_the_formula_when_the_gates_are_open(make_backbone: MakeBac
 
 
 def test_outputs_have_their_shapes_when_classified(make_backbone: MakeBackbone) -> None:
-    logits, embeddings = _network(make_backbone)(_images(5))
+    logits, embeddings, *_ = _network(make_backbone)(_images(5))
     assert (logits.shape, logits.dtype) == ((5, 3), torch.float32)
     assert embeddings.shape == (5, WIDTH)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(5))
@@ -206,6 +206,6 @@ def test_network_is_equal_when_its_state_is_loaded(make_backbone: MakeBackbone) 
 
 def test_cached_features_classify_when_the_trunk_is_frozen(make_backbone: MakeBackbone) -> None:
     network = _open_gates(_network(make_backbone, freeze_image=True))
-    logits, embeddings = network(_features(3))
+    logits, embeddings, *_ = network(_features(3))
     assert logits.isfinite().all()
     assert embeddings.shape == (3, WIDTH)
