@@ -75,6 +75,18 @@ def predict(
 
 
 @app.command()
+def complete(
+    run: Annotated[Path, typer.Option("--run", help="A run directory.")],
+    out: Annotated[Path, typer.Option("--out", help="CSV file, a row a cell.")],
+    data: Annotated[str, typer.Option("--data", help="Other shards with the same classes, a folder or URL.")] = "",
+) -> None:
+    """Complete the labels of the training images: scinet complete --run runs/quickstart --out labels.csv."""
+    from scinet import completing
+
+    completing.complete(run, out, data)
+
+
+@app.command()
 def show(run: Annotated[Path, typer.Option("--run", help="A finished run's directory.")]) -> None:
     """Print a finished run's result, and where its page is: scinet show --run runs/quickstart."""
     from scinet import rundir

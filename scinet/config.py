@@ -22,6 +22,7 @@ from scinet.options import (
     DEBUG,
     BiDominant,
     DataOptions,
+    FusionOptions,
     Head,
     Memory,
     Method,
@@ -29,6 +30,7 @@ from scinet.options import (
     Profile,
     Prometheus,
     TelemetryOptions,
+    Weights,
 )
 
 T = TypeVar("T")
@@ -41,6 +43,11 @@ _DERIVED = {
     ("bf16", "fp16", "amp", "torch_autocast", "data_types"): "'train.precision'",
     ("optimizer", "scheduler", "gradient_clipping"): "the 'optimizer' section",
 }
+_ACT_ON_FITTED = ("instance_evidence", "label_evidence", "region_evidence", "region_bank_size")
+_ACT_ON_FIXED = (
+    *("combine", "instance_weight", "label_weight", "bandwidth", "bandwidth_value", "bandwidth_neighbours", "radius"),
+    "prior_strength",
+)
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -288,6 +295,7 @@ def _relations(options: Options) -> Iterator[str]:
     yield from _label_relations(data)
     if fusion.momentum > 0 and fusion.memory is Memory.none:
         yield "'fusion.momentum' above 0 needs 'fusion.memory=dense': set that, or 'fusion.momentum=0'"
+    yield from _fusion_relations(fusion)
     if options.profile is Profile.release and model.bi_dominant is not BiDominant.none:
         yield "'profile=release' has a text-only prompter: set 'model.bi_dominant=none'"
     if train.global_batch_size % train.accumulation_steps:
@@ -321,6 +329,15 @@ def _head_relations(options: Options) -> Iterator[str]:
         yield f"'method=dualcoop' is the loss of one head, found 'model.head={head.value}': add 'model.head=dualcoop'"
     if head is Head.dualcoop and not options.model.context.strip():
         yield "'model.head=dualcoop' learns its prompts from 'model.context', which is empty: set it to some words"
+
+
+def _fusion_relations(fusion: FusionOptions) -> Iterator[str]:
+    default, is_fitted = FusionOptions(), fusion.weights is Weights.fitted
+    other = _ACT_ON_FIXED if is_fitted else _ACT_ON_FITTED
+    for name in other:
+        if getattr(fusion, name) != getattr(default, name):
+            needed = Weights.fixed if is_fitted else Weights.fitted
+            yield f"'fusion.{name}' acts with 'fusion.weights={needed.value}' alone: set that too, or leave it out"
 
 
 def _label_relations(data: DataOptions) -> Iterator[str]:

@@ -15,13 +15,15 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scinet.assembling import num_regions
 from scinet.data import card as data_card
 from scinet.data.card import DataCard, Missing, Shard, Split
 from scinet.data.cooccurrence import ALL_PAIRS_UP_TO, LARGEST_PAIRS, Cooccurrence
 from scinet.data.loading import num_waiting
 from scinet.data.share import share_of
 from scinet.errors import ConfigError, DataError
-from scinet.options import Combine, Memory, Method, Options, Profile
+from scinet.fusion.evidence import MOST_CLASSES
+from scinet.options import Combine, Memory, Method, Options, Profile, Weights
 from scinet.texttable import size, table
 from scinet.zoo.catalogue import table_bytes
 
@@ -228,6 +230,10 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
     # four co-moments of each pair of classes and three sums of each; the prior; how many rows were seen
     moments = 4 * classes**2 + 3 * classes + 1
     correlation = _DOUBLE * ((2 if is_linear else 1) * moments + classes**2 + 1)
+    is_fitted = enabled and options.fusion.weights is Weights.fitted
+    regions = num_regions(options) if is_fitted else 0
+    region_row = 2 * width * regions + 2 * classes + _INDEX
+    solves = is_fitted and options.fusion.label_evidence and classes <= MOST_CLASSES
     budget = options.fusion.memory_budget_mb
     is_refused = memory / 2**20 > budget
     needs = [
@@ -239,17 +245,25 @@ def state(data: DataSize, options: Options, width: int, ranks: int) -> list[Need
             is_refused,
         ),
         Need(f"bank, {rows:,} rows of width {width}", rows * row + _PLACE, "fusion.bank_size"),
+        Need(
+            f"regions of {options.fusion.region_bank_size:,} samples, {regions} each",
+            (options.fusion.region_bank_size * region_row + _PLACE) if regions else 0,
+            "fusion.region_bank_size",
+        ),
         Need("Pearson moments", correlation),
+        Need("labels known together, of each pair of classes", 3 * _FLOAT * classes**2 if solves else 0),
         _window(data, options),
     ]
-    if enabled and options.fusion.combine is not Combine.linear and options.fusion.label_weight:
+    if solves or (enabled and not is_fitted and not is_linear and options.fusion.label_weight):
         share = share_of(options, 0, ranks)
-        # conditional_expectation: a C x C matrix a sample and its Cholesky factor
+        # a C x C matrix a sample and its Cholesky factor; where weights are fitted its inverse too
+        matrices = 3 if is_fitted else 2
+        off = "fusion.label_evidence=false" if is_fitted else "fusion.label_weight=0"
         needs.append(
             Need(
-                f"label term of a step, 2 x {share.micro_batch_size} matrices of C x C",
-                2 * share.micro_batch_size * data.num_classes**2 * _FLOAT,
-                "fusion.label_weight=0, train.accumulation_steps",
+                f"label term of a step, {matrices} x {share.micro_batch_size} matrices of C x C",
+                matrices * share.micro_batch_size * data.num_classes**2 * _FLOAT,
+                f"{off}, train.accumulation_steps",
                 is_saved=False,
             )
         )

@@ -20,7 +20,7 @@ from typing import Any
 from scinet import config
 from scinet.data import transports
 from scinet.errors import CheckpointError, ConfigError, nearest
-from scinet.options import Options, Weights
+from scinet.options import Options
 
 FREE_ON_RESUME = {
     "resume",
@@ -260,11 +260,9 @@ def find(path: Path) -> tuple[RunDirectory, Options]:
 
 def _load(run: RunDirectory) -> Options:
     """Return the configuration of a run, as it was when the run was made."""
-    options = config.load(run.config)
-    if "weights" in config.read_tree(run.config).get("fusion", {}):
-        return options
     # the fusion of earlier versions had fixed weights alone
-    return config.replace(options, fusion__weights=Weights.fixed)
+    is_older = "weights" not in config.read_tree(run.config).get("fusion", {})
+    return config.load(run.config, ["fusion.weights=fixed"] if is_older else [])
 
 
 def read_evaluation(run: RunDirectory) -> dict[str, Any]:

@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scinet import config
 from scinet.errors import CheckpointError, ConfigError, DataError, nearest
 from scinet.options import Options
 from scinet.rundir import RunDirectory, find
+
+if TYPE_CHECKING:
+    from scinet.data.card import DataCard
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _BATCH = 32
@@ -32,13 +35,7 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
     config.refuse_debug(options, f"scinet evaluate --run {path}")
     if split not in data_card.SPLITS:
         raise ConfigError(f"--split is '{split}', expected one of {', '.join(data_card.SPLITS)}")
-    card = sources.read_card(options.data, data)
-    class_names = _class_names(run)
-    if card.class_names != class_names:
-        raise ConfigError(
-            f"{sources.place(card)} has the classes {', '.join(card.class_names[:5])} ... ({card.num_classes}), the "
-            f"run was trained on {', '.join(class_names[:5])} ... ({len(class_names)})"
-        )
+    card, class_names = read_card(run, options, data)
     import torch
 
     from scinet.data.views import Views
@@ -53,7 +50,7 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
     views: Views
     results = {}
     for who in ("teacher", "student"):
-        network, views = _load(run, options, class_names, who, device)
+        network, views = load(run, options, class_names, who, device)
         images = PlainSplit(card, split, views, None, options=options.data)
         if who == "teacher" and classifier is not None:
             scores, fused_scores = fused.both(images, network, classifier, ranks)
@@ -73,6 +70,24 @@ def print_evaluation(path: Path, data: str, split: str, *, as_json: bool) -> Non
         )
         partial = " (partial labels: known cells only)" if metrics["is_partial"] else ""
         print(f"{who}: {shown}{partial}")
+
+
+def read_card(run: RunDirectory, options: Options, data: str) -> tuple[DataCard, tuple[str, ...]]:
+    """Return the card of the run's data, or of others, and the class names that they share.
+
+    Raises:
+        ConfigError: if they have other classes.
+    """
+    from scinet.data import sources
+
+    card = sources.read_card(options.data, data)
+    class_names = _class_names(run)
+    if card.class_names != class_names:
+        raise ConfigError(
+            f"{sources.place(card)} has the classes {', '.join(card.class_names[:5])} ... ({card.num_classes}), the "
+            f"run was trained on {', '.join(class_names[:5])} ... ({len(class_names)})"
+        )
+    return card, class_names
 
 
 def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int, is_fused: bool = False) -> int:
@@ -99,13 +114,8 @@ def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int
     from scinet.evaluation import fused
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier = _classifier(run, class_names, device) if is_fused else None
-    if is_fused and classifier is None:
-        raise CheckpointError(
-            f"{path} has no bank: it was trained with fusion.weights=fixed, or by an earlier version; predict without "
-            "--fused, or train it anew"
-        )
-    network, views = _load(run, options, class_names, "teacher", device)
+    classifier = load_classifier(run, class_names, device) if is_fused else None
+    network, views = load(run, options, class_names, "teacher", device)
     failures = 0
     write = _writer(style, class_names, min(top, len(class_names)))
     for first in range(0, len(files), _BATCH):
@@ -172,6 +182,21 @@ def _class_names(run: RunDirectory) -> tuple[str, ...]:
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
+def load_classifier(run: RunDirectory, class_names: tuple[str, ...], device: Any) -> Any:
+    """Return the run's fused classifier on a device.
+
+    Raises:
+        CheckpointError: if it has none, or a damaged one.
+    """
+    classifier = _classifier(run, class_names, device)
+    if classifier is None:
+        raise CheckpointError(
+            f"{run.path} has no bank, which a run with fusion.weights=fixed or of an earlier version lacks: train it "
+            "anew, or predict without --fused"
+        )
+    return classifier
+
+
 def _classifier(run: RunDirectory, class_names: tuple[str, ...], device: Any) -> Any:
     """Return the run's fused classifier on a device, or None where it has none."""
     from scinet.checkpoint import weights
@@ -186,7 +211,8 @@ def _classifier(run: RunDirectory, class_names: tuple[str, ...], device: Any) ->
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who: str, device: Any) -> tuple[Any, Any]:
+def load(run: RunDirectory, options: Options, class_names: tuple[str, ...], who: str, device: Any) -> tuple[Any, Any]:
+    """Return the selected teacher or student on a device, from images to outputs, and the views it was trained on."""
     from scinet.checkpoint import weights
     from scinet.data.views import Views
     from scinet.model import backbone as model_backbone

@@ -33,6 +33,7 @@ COMBINATIONS = {
 """Columns of ``weights.TERMS`` that are fitted together: P alone, P with one term, and all."""
 
 _UNSEEN = -1
+_LEAST, _BINS = 1e-4, 10
 
 
 def is_wanted(options: Options) -> bool:
@@ -96,6 +97,48 @@ def judge(computed: Computed) -> tuple[Tensor | None, dict[str, float]]:
     assert weights is not None
     named = zip(fusion_weights.TERMS, weights.tolist(), strict=True)
     return weights, figures | {f"fusion/weight_{name}": value for name, value in named}
+
+
+def completed(
+    forward: Callable[[Tensor], Output], classifier: FusedClassifier
+) -> Callable[[Inputs], tuple[Tensor, Tensor, Tensor]]:
+    """Return what gives Q and P [B, C] and N, L and R [B, C, 3] of training images; Q of a known cell is its label."""
+
+    def answer(batch: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        query = rows_of(forward(batch.inputs), batch.observed, batch.indices, num_regions=classifier.num_regions)
+        cells = fusion_weights.features(query.confidence, classifier.evidence(query))
+        unified = torch.sigmoid(cells @ classifier.weights.to(cells.device)).float()
+        known = torch.where(batch.observed == 0, unified, (batch.observed > 0).float())
+        return known, query.confidence, cells[..., 1:4].float()
+
+    return answer
+
+
+def judge_completion(computed: Computed) -> dict[str, list[tuple[str, float]]]:
+    """Return how right P and Q are on cells that the mask hides and the collection knows; nothing without such cells.
+
+    mAP in per cent, log-loss, and the expected calibration error in ten bins of equal width.
+    """
+    hidden = (computed.observed == 0) & (computed.truth != 0)
+    if not (hidden & (computed.truth > 0)).any():
+        return {}
+    truth = torch.where(hidden, computed.truth, 0)
+    labels = (computed.truth[hidden] > 0).double()
+    found = {}
+    for who, scores in (("P", computed.columns[1]), ("Q", computed.columns[0])):
+        own = scores[hidden].double().clamp(_LEAST, 1 - _LEAST)
+        found[who] = [
+            ("mAP", evaluate(scores, truth).mean_average_precision),
+            ("log-loss", float(torch.nn.functional.binary_cross_entropy(own, labels))),
+            ("calibration error", _calibration_error(own, labels)),
+        ]
+    return found
+
+
+def _calibration_error(scores: Tensor, labels: Tensor) -> float:
+    bins = (scores * _BINS).long().clamp_max(_BINS - 1)
+    gap = torch.zeros(_BINS, dtype=scores.dtype).index_add(0, bins, scores - labels)
+    return float(gap.abs().sum() / len(scores))
 
 
 def build(

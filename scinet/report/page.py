@@ -28,6 +28,18 @@ _UNSUPERVISED = {
     "loss/consistency_medium": "consistency, medium to strong",
     "loss/distillation": "distillation",
 }
+_FUSION_WEIGHTS = {
+    "fusion/weight_teacher": "teacher",
+    "fusion/weight_instance": "similar images",
+    "fusion/weight_label": "other labels",
+    "fusion/weight_region": "similar regions",
+}
+_FUSION_WORTH = {
+    "fusion/map_teacher": "teacher alone",
+    "fusion/map_instance": "with similar images",
+    "fusion/map_label": "with other labels",
+    "fusion/map_fused": "fused",
+}
 _PSEUDO_LABELS = {"pseudo_precision": "precision", "pseudo_recall": "recall"}
 
 
@@ -183,6 +195,16 @@ def _curves(history: Sequence[dict[str, Any]]) -> list[Chart]:
             charts.line_chart(history, _PSEUDO_LABELS),
             "Pseudo labels against the truth",
             _range_alt(history, _PSEUDO_LABELS),
+        ),
+        chart(
+            charts.line_chart(history, _FUSION_WORTH),
+            "What the fusion's evidence is worth: mAP on known cells of the hold-out",
+            _range_alt(history, _FUSION_WORTH),
+        ),
+        chart(
+            charts.line_chart(history, _FUSION_WEIGHTS),
+            "Fitted weights of the fusion",
+            _range_alt(history, _FUSION_WEIGHTS),
         ),
         chart(
             charts.line_chart(history, {"learning_rate": "learning rate"}),

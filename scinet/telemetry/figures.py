@@ -43,6 +43,22 @@ _GAUGES_OF_ROWS = {
 }
 _HOLDOUT = {"holdout_map": "teacher", "holdout_map_student": "student"}
 _PERCENT = 100
+# of the rows' fusion/<kind>_<name>: the metric, what it says, its label, and what the row's number is divided by
+_FUSION = {
+    "weight": ("scinet_fusion_weight", "Fitted weight of a term of the fusion", "term", 1),
+    "log_loss": (
+        "scinet_holdout_fusion_log_loss",
+        "Log-loss on known cells of the hold-out, of the teacher alone, with one term, or with all (fused)",
+        "terms",
+        1,
+    ),
+    "map": (
+        "scinet_holdout_fusion_mean_average_precision_ratio",
+        "mAP on known cells of the hold-out, of the teacher alone, with one term, or with all (fused)",
+        "terms",
+        _PERCENT,
+    ),
+}
 
 
 class Figures(Observer):
@@ -101,6 +117,7 @@ class RunFigures(Figures):
         self._standing: Standing | None = None
         self._row: dict[str, float] = {}
         self._holdout: dict[str, float] = {}
+        self._fitted: dict[str, float] = {}
         self._best = self._pseudo_labels = 0.0
         self._written = self._failures = 0
         self._writing_s = self._stalled_s = self._last_written = 0.0
@@ -150,6 +167,7 @@ class RunFigures(Figures):
         if evaluated:
             self._holdout = evaluated
             self._best = max(self._best, evaluated.get("teacher", 0.0))
+            self._fitted = {key: value for key, value in row.items() if key.startswith("fusion/")}
         else:
             self._row = {name: value for name, value in row.items() if value is not None}
             self._pseudo_labels += self._row.get("pseudo_positives", 0)
@@ -201,6 +219,15 @@ class RunFigures(Figures):
             yield family
             best = "Hold-out mAP of the teacher at the selected epoch"
             yield _gauge("scinet_holdout_best_mean_average_precision_ratio", best, self._best)
+
+        for kind, (name, text, label, divisor) in _FUSION.items():
+            start = f"fusion/{kind}_"
+            found = {key.removeprefix(start): value for key, value in self._fitted.items() if key.startswith(start)}
+            if found:
+                family = GaugeMetricFamily(name, text, labels=[label])
+                for which, value in found.items():
+                    family.add_metric([which], value / divisor)
+                yield family
 
     def _checkpoints(self) -> Iterator[Metric]:
         duration = Metric(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scinet import config
 from scinet.errors import ConfigError, nearest
-from scinet.options import BiDominant, Combine, Memory, Options, Profile, Prometheus
+from scinet.options import Combine, Memory, Options, Profile, Prometheus
 from tests.scinet.options_in_words import in_words
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -419,12 +419,9 @@ def test_options_survive_writing_and_reading_when_they_hold_anything(
 
 def test_replace_changes_only_what_it_is_told() -> None:
     options = config.load(None, ["seed=4", "deepspeed.a=1", "deepspeed.zero_optimization.stage=3", "data.path=a b"])
-    changed = config.replace(options, name="other", fusion__combine=Combine.linear, model__bi_dominant="none")
+    changed = config.replace(options, name="other", fusion__weights="fixed", fusion__combine=Combine.linear)
     assert changed.fusion.combine is Combine.linear
-    assert changed.model.bi_dominant is BiDominant.none
-    back = config.replace(
-        changed, name="run", fusion__combine=options.fusion.combine.value, model__bi_dominant=BiDominant.late
-    )
+    back = config.replace(changed, name="run", fusion__weights="fitted", fusion__combine=options.fusion.combine.value)
     assert back == options
     assert options.name == "run"
 
@@ -446,7 +443,10 @@ def test_replace_refuses_like_a_file_when_a_change_is_wrong(changes: dict[str, o
 
 def test_enum_is_taken_by_its_value_when_written_in_a_file(tmp_path: Path) -> None:
     options = config.load(
-        _file(tmp_path, "fusion:\n  memory: none\n  momentum: 0\n  combine: linear\nmodel:\n  bi_dominant: none")
+        _file(
+            tmp_path,
+            "fusion:\n  memory: none\n  momentum: 0\n  weights: fixed\n  combine: linear\nmodel:\n  bi_dominant: none",
+        )
     )
     assert options.fusion.memory is Memory.none
     assert options.fusion.combine is Combine.linear

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from scinet import config, estimating
+from scinet.assembling import num_regions
 from scinet.data.card import CARD_NAME, DataCard
 from scinet.data.stream import Order, SampleStream
 from scinet.errors import ConfigError
@@ -94,21 +95,33 @@ def test_windows_are_as_large_as_the_samples_that_wait_in_them(card: DataCard, d
     assert _bytes(estimating.reading(data, options, 1), "windows") == pytest.approx(held, rel=0.25)
 
 
-@pytest.mark.parametrize("combine", ["pool", "linear"])
-def test_state_is_that_of_real_tensors(data: DataSize, combine: str) -> None:
-    options = config.load(None, [f"fusion.combine={combine}", "fusion.bank_size=100", "loss.threshold_window=50"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("fusion.region_evidence=true", "fusion.region_bank_size=70", "model.head=prompt_regions"),
+        ("fusion.weights=fixed",),
+        ("fusion.weights=fixed", "fusion.combine=linear"),
+    ],
+    ids=["fitted", "regions", "pool", "linear"],
+)
+def test_state_is_that_of_real_tensors(data: DataSize, changes: tuple[str, ...]) -> None:
+    options = config.load(None, ["fusion.bank_size=100", "loss.threshold_window=50", *changes])
     fusion = Fusion(
         options.fusion,
         options.correlation,
         torch.eye(CLASSES),
         width=32,
+        num_regions=num_regions(options),
         num_samples=SAMPLES,
         samples_per_epoch=SAMPLES,
     )
     real = {key: tensor.nbytes for key, tensor in fusion.state_dict().items()}
     needs = estimating.state(data, options, 32, 1)
-    for word, prefix in (("memory", "memory"), ("bank", "bank"), ("Pearson", "correlation")):
-        assert _bytes(needs, word) == sum(size for key, size in real.items() if key.startswith(prefix))
+    parts = {"memory": "memory", "bank": "bank", "Pearson": "correlation"}
+    for word, prefix in (parts | {"regions of": "regions.", "together": "counts"}).items():
+        named = sum(need.num_bytes for need in needs if word in need.what)
+        assert named == sum(size for key, size in real.items() if key.startswith(prefix))
     assert _bytes(needs, "memory") == SAMPLES * CLASSES * 4
     thresholds = DynamicThresholds(CLASSES, hard_k=5, window=50, device=torch.device("cpu"))
     assert _bytes(needs, "thresholds") == sum(tensor.nbytes for tensor in thresholds.state_dict().values())

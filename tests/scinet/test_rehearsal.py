@@ -110,7 +110,7 @@ def test_confidence_needs_more_when_the_bank_is_larger() -> None:
     "overrides",
     [
         ("profile=release", "model.bi_dominant=none"),
-        ("fusion.combine=linear",),
+        ("fusion.weights=fixed", "fusion.combine=linear"),
         ("fusion.differentiable=true",),
         ("fusion.enabled=false",),
         ("model.freeze_image=true", "data.cache_features=true"),

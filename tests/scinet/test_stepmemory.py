@@ -134,8 +134,8 @@ def test_arithmetic_is_near_the_rehearsed_step_of_every_method(method: str, inpu
     "overrides",
     [
         ("profile=release", "model.bi_dominant=none"),
-        ("fusion.combine=linear",),
-        ("fusion.combine=evidence",),
+        ("fusion.weights=fixed", "fusion.combine=linear"),
+        ("fusion.weights=fixed", "fusion.combine=evidence"),
         ("fusion.differentiable=true",),
         ("fusion.enabled=false",),
         ("fusion.bank_size=65536",),

@@ -50,7 +50,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
         (5, ("train.accumulation_steps=2",), ()),
         (5, (LAST,), ()),
         (7, (LAST, *SKIP), MISSING),
-        (6, ("correlation.source=text", "fusion.combine=evidence"), ()),
+        (6, ("correlation.source=text", "fusion.weights=fixed", "fusion.combine=evidence"), ()),
         (6, ("profile=release", "model.bi_dominant=none"), ()),
         (6, ("method=bce",), ()),
     ],
