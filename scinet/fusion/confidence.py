@@ -287,7 +287,8 @@ class Fusion:
         state |= {} if self._memory is None else {"memory": self._memory}
         if self.is_fitted:
             state["weights"] = self.weights
-            state |= {f"regions.{key}": value for key, value in self._region_bank.state_dict().items()}
+            if self.num_regions:
+                state |= {f"regions.{key}": value for key, value in self._region_bank.state_dict().items()}
             state |= {} if self._counts is None else {f"counts.{k}": v for k, v in self._counts._asdict().items()}
         return state
 
@@ -295,7 +296,8 @@ class Fusion:
         """Take the state of another instance of the same sizes."""
         parts: dict[str, Bank | LabelCorrelation] = {"bank.": self.bank, "correlation.": self.correlation}
         if self.is_fitted:
-            parts["regions."] = self._region_bank
+            if self.num_regions:
+                parts["regions."] = self._region_bank
             self.weights = state["weights"].clone()
             if self._counts is not None:
                 self._counts = CoCounts(*(state[f"counts.{name}"].clone() for name in CoCounts._fields))

@@ -433,6 +433,8 @@ def test_replace_changes_only_what_it_is_told() -> None:
         ({"data__known_ratio": 2}, "from 0 to 1"),
         ({"train__epochs": "x"}, "a whole number"),
         ({"fusion__memory": "none"}, "fusion.memory=dense"),
+        ({"fusion__instance_weight": 0.5}, "'fusion.instance_weight' acts with 'fusion.weights=fixed' alone"),
+        ({"fusion__weights": "fixed", "fusion__label_evidence": False}, "acts with 'fusion.weights=fitted' alone"),
         ({"profile": Profile.release}, "bi_dominant=none"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 from scinet import config, rundir
 from scinet.errors import CheckpointError, ConfigError
-from scinet.options import Options
+from scinet.options import Options, Weights
 
 _HOLDER = """
 import sys
@@ -123,6 +123,9 @@ def test_run_is_found_with_its_configuration_or_the_nearest_named(tmp_path: Path
         rundir.find(tmp_path / "mien")
     with pytest.raises(CheckpointError, match="is not finished"):
         rundir.read_evaluation(run)
+    older = "\n".join(line for line in run.config.read_text().splitlines() if "weights:" not in line)
+    run.config.write_text(older.replace("instance_weight: 1.0", "instance_weight: 0.25"))
+    assert rundir.find(run.path)[1].fusion.weights is Weights.fixed, "earlier versions had no others"
     run.evaluation.write_text('{"a": 1}')
     assert rundir.read_evaluation(run) == {"a": 1}
 

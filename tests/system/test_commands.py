@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _assert_whole(run: Path, *, world_size: int) -> None:
             assert len(metrics["per_class_average_precision"]) == len(evaluation["class_names"])
     checkpoints = {path.name for path in (run / "checkpoints").rglob("*.safetensors")}
     parts = {f"part-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)}
-    assert checkpoints == {"teacher.safetensors", "student.safetensors", *parts}
+    assert checkpoints == {"teacher.safetensors", "student.safetensors", "bank.safetensors", *parts}
     page = (run / "report.html").read_text()
     assert "<html" in page
     assert 'src="http' not in page  # self-contained
@@ -128,12 +129,47 @@ def test_evaluate_repeats_the_selected_test_metrics(trained: Path, scinet: Any) 
     result = scinet("evaluate", "--run", trained, "--json")
     assert result.status == 0, result.err
     printed = json.loads(result.out)
-    for who in ("teacher", "student"):
+    for who in ("teacher", "student", "fused"):
         want = _evaluation(trained)["selected"][who]["mean_average_precision"]
         assert printed[who]["mean_average_precision"] == pytest.approx(want, abs=0.5)
     text = scinet("evaluate", "--run", trained)
     assert text.status == 0
     assert "teacher: mAP" in text.out
+    assert "fused: mAP" in text.out
+
+
+def test_bank_goes_where_the_run_goes(trained: Path, unseen: Path, scinet: Any, tmp_path: Path) -> None:
+    plain = scinet("predict", "--run", trained, unseen, "--csv")
+    fused = scinet("predict", "--run", trained, unseen, "--csv", "--fused")
+    assert (plain.status, fused.status) == (0, 0), fused.err
+    assert plain.out != fused.out
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(trained, moved)
+    again = scinet("predict", "--run", moved, unseen, "--csv", "--fused")
+    assert again.out == fused.out
+    (moved / "checkpoints" / "selected" / "bank.safetensors").unlink()
+    without = scinet("predict", "--run", moved, unseen, "--fused")
+    assert without.status == 1
+    assert f"error: {moved} has no bank" in without.err
+    assert scinet("evaluate", "--run", moved).status == 0
+
+
+def test_labels_are_completed_with_their_reasons(trained: Path, scinet: Any, tmp_path: Path) -> None:
+    out = tmp_path / "labels.csv"
+    result = scinet("complete", "--run", trained, "--out", out)
+    assert result.status == 0, result.err
+    assert "Q on hidden cells: mAP" in result.out
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    class_names = _evaluation(trained)["class_names"]
+    assert [row["class"] for row in rows[: len(class_names)]] == class_names
+    assert len(rows) % len(class_names) == 0
+    known = [row for row in rows if row["known"]]
+    assert 0 < len(known) < len(rows)
+    assert all(float(row["confidence"]) == float(row["known"]) for row in known)
+    assert any(float(row["confidence"]) != float(row["teacher"]) for row in rows if not row["known"])
+    again = scinet("complete", "--run", trained, "--out", out)
+    assert again.status == 2
+    assert "exists: name another file" in again.err
 
 
 def test_evaluate_reads_other_shards_by_http(trained: Path, scenes: Path, scinet: Any) -> None:

@@ -53,7 +53,8 @@ def _ranks(number: int, times: list[list[float]], name: str) -> Figures:
     if isinstance(figures, RunFigures):
         figures.write(ROW)
         figures.write({"step": 7, "holdout_map": 40.0, "holdout_map_student": 30.0})
-        figures.write({"step": 9, "holdout_map": 35.0, "holdout_map_student": 36.0})
+        fusion = {"fusion/weight_label": 0.4, "fusion/log_loss_fused": 0.1, "fusion/map_fused": 50.0}
+        figures.write({"step": 9, "holdout_map": 35.0, "holdout_map_student": 36.0, **fusion})
         figures.checkpoint(2.0, is_written=True)
         figures.checkpoint(1.0, is_written=False)
         figures.stalled(0.5)
@@ -132,6 +133,9 @@ FAMILIES = {
     "scinet_train_pseudo_labels_total": ("counter", ""),
     "scinet_holdout_mean_average_precision_ratio": ("gauge", "network"),
     "scinet_holdout_best_mean_average_precision_ratio": ("gauge", ""),
+    "scinet_fusion_weight": ("gauge", "term"),
+    "scinet_holdout_fusion_log_loss": ("gauge", "terms"),
+    "scinet_holdout_fusion_mean_average_precision_ratio": ("gauge", "terms"),
     "scinet_checkpoint_duration_seconds_count": ("summary", ""),
     "scinet_checkpoint_duration_seconds_sum": ("summary", ""),
     "scinet_checkpoint_last_timestamp_seconds": ("gauge", ""),

@@ -39,6 +39,8 @@ def _key(*overrides: str, facts: Facts = FACTS) -> str | None:
         ("scinet", "data.mask_file=one.jsonl", "data.mask_file=same.jsonl", True),
         ("scinet", "data.mask_file=one.jsonl", "data.mask_file=two.jsonl", False),
         ("scinet", "fusion.momentum=0.8", "fusion.momentum=0.5", False),
+        ("scinet", "fusion.weights=fitted", "fusion.weights=fixed", False),
+        ("bce", "fusion.weights=fitted", "fusion.weights=fixed", True),
         ("scinet", "data.lanes=16", "data.lanes=8", False),  # another order
         ("bce", "fusion.momentum=0.8", "fusion.momentum=0.5", True),
         ("bce", "data.known_ratio=0.3", "data.known_ratio=0.7", False),
