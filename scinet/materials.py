@@ -10,6 +10,7 @@ from scinet.data.batch import BatchSource, FeatureBatches, Features, ImageBatche
 from scinet.data.card import SPLITS, DataCard
 from scinet.data.examples import Mask
 from scinet.data.share import Share, share_of
+from scinet.data.stream import BadSamples
 from scinet.data.views import Views
 from scinet.distributed import Ranks, first_rank_first
 from scinet.errors import ConfigError
@@ -32,6 +33,7 @@ class Materials:
     views: Views
     data: DataOptions
     features: dict[str, Features] = field(default_factory=dict)
+    bad: BadSamples = field(default_factory=BadSamples)
 
     def training(self, options: Options, share: Share) -> BatchSource:
         """Return the batches of the training split, with the views that the method trains on."""
@@ -39,7 +41,7 @@ class Materials:
         if "train" in self.features:
             mask = Mask(options.data, self.card.training_positives)
             return FeatureBatches(self.features["train"], mask, names, share, options.seed)
-        return ImageBatches(self.card, options.data, self.views, names, share, options.seed)
+        return ImageBatches(self.card, options.data, self.views, names, share, options.seed, bad=self.bad)
 
     def plain(self, split: str, *, masked_by: DataOptions | None = None, at_most: int | None = None) -> PlainSplit:
         """Return a split for evaluation.
@@ -57,6 +59,7 @@ class Materials:
             self.features.get(split),
             options=self.data,
             mask=None if masked_by is None else Mask(masked_by, self.card.training_positives),
+            bad=self.bad,
             stride=1 if at_most is None else -(-size // max(1, at_most)),
         )
 

@@ -72,9 +72,17 @@ class ImageBatches:
     """Batches from the shards, decoded and augmented on the fly."""
 
     def __init__(
-        self, card: DataCard, options: DataOptions, views: Views, view_names: Sequence[str], share: Share, seed: int
+        self,
+        card: DataCard,
+        options: DataOptions,
+        views: Views,
+        view_names: Sequence[str],
+        share: Share,
+        seed: int,
+        *,
+        bad: BadSamples | None = None,
     ) -> None:
-        """Check that the batches divide; nothing is read yet."""
+        """Check that the batches divide; nothing is read yet. ``bad`` names the bad samples, each once."""
         self._card, self._options, self._views, self._share, self._seed = card, options, views, share, seed
         self._view_names = tuple(view_names)
         self._mask = Mask(options, card.training_positives)
@@ -82,7 +90,7 @@ class ImageBatches:
         self.num_samples = card.split("train").num_samples
         self.steps_per_epoch = share.steps(self.num_samples)
         self.has_gaps = share.trains_last or options.on_bad_sample is OnBadSample.skip
-        self._bad = BadSamples()
+        self._bad = bad or BadSamples()
         _tell_sharing(len(card.split("train").shards), options, share)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:

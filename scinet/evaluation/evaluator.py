@@ -90,6 +90,7 @@ class PlainSplit:
         *,
         options: DataOptions | None = None,
         mask: Mask | None = None,
+        bad: BadSamples | None = None,
         stride: int = 1,
     ) -> None:
         """Describe the split; nothing is read yet.
@@ -101,11 +102,12 @@ class PlainSplit:
             features: of the split, instead of its images.
             options: of the data.
             mask: which labels are observed; without it all are.
+            bad: names the bad samples, each once.
             stride: only every stride-th sample.
         """
         self._card, self._name, self._views, self._features = card, name, views, features
         self._options, self._mask, self._stride = options or DataOptions(), mask, stride
-        self._bad = BadSamples()
+        self._bad = bad or BadSamples()
         self.num_samples = -(-card.split(name).num_samples // stride)
 
     def score(self, forward: Callable[[Tensor], Output], ranks: Ranks, guard: Guard | None = None) -> Scores:

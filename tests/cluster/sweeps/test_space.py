@@ -22,15 +22,15 @@ def test_ranges_take_the_type_of_their_option() -> None:
         {
             "loss.unlabelled_weight": {"low": 0.1, "high": 2, "log": True},
             "loss": {"hard_k": {"low": 1, "high": 5}},
-            "fusion.combine": ["pool", "evidence"],
+            "correlation.source": ["shrunk", "text"],
         },
         config.load(),
     )
     assert found["loss.unlabelled_weight"].distribution == FloatDistribution(0.1, 2.0, log=True)
     assert found["loss.hard_k"].distribution == IntDistribution(1, 5)
-    assert found["fusion.combine"].distribution == CategoricalDistribution(("pool", "evidence"))
+    assert found["correlation.source"].distribution == CategoricalDistribution(("shrunk", "text"))
     assert found["loss.unlabelled_weight"].default == 0.125
-    assert found["fusion.combine"].default == "pool"
+    assert found["correlation.source"].default == "shrunk"
 
 
 @pytest.mark.parametrize(
