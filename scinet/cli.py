@@ -60,17 +60,25 @@ def predict(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object an image.")] = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print CSV, one row an image, one column a class.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes shown an image.")] = 5,
-    fused: Annotated[
-        bool, typer.Option("--fused", help="Let the bank of labelled training images have a say.")
-    ] = False,
+    fused: Annotated[bool, typer.Option("--fused", help="Let the bank of labelled images have a say.")] = False,
+    known: Annotated[
+        Path | None,
+        typer.Option("--known", help="CSV of known labels: a file name, then 1, 0 or blank a class; with --fused."),
+    ] = None,
+    why: Annotated[int, typer.Option(min=0, help="Name so many of the nearest labelled images; with --fused.")] = 0,
 ) -> None:
     """Label images that were never seen: scinet predict --run runs/quickstart photo.jpg."""
     from scinet import serving
 
     if json_ and csv_:
         raise ConfigError("--json and --csv exclude each other")
+    if (known or why) and not fused:
+        raise ConfigError(f"{'--known' if known else '--why'} needs --fused: it is about the bank")
+    if why and csv_:
+        raise ConfigError("--why and --csv exclude each other: a table has no place for reasons")
     style = "json" if json_ else "csv" if csv_ else "text"
-    if serving.print_predictions(run, paths, style=style, top=top, is_fused=fused):
+    wanted = serving.Wanted(style, top, is_fused=fused, known=known, why=why)
+    if serving.print_predictions(run, paths, wanted):
         raise typer.Exit(1)
 
 

@@ -6,11 +6,13 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scinet import config
 from scinet.errors import CheckpointError, ConfigError, DataError, nearest
+from scinet.knownlabels import KnownLabels
 from scinet.options import Options
 from scinet.rundir import RunDirectory, find
 
@@ -90,34 +92,48 @@ def read_card(run: RunDirectory, options: Options, data: str) -> tuple[DataCard,
     return card, class_names
 
 
-def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int, is_fused: bool = False) -> int:
-    """Print the classes of images and return how many could not be read.
+@dataclass(frozen=True)
+class Wanted:
+    """What is printed of each image.
 
-    Args:
-        path: of the run.
-        paths: images and folders of images.
+    Attributes:
         style: ``text``, ``json`` or ``csv``.
-        top: classes shown an image.
+        top: classes shown.
         is_fused: whether the bank has a say.
+        known: a table of labels that are known of the images.
+        why: how many of the nearest images of the bank are named.
+    """
+
+    style: str
+    top: int
+    is_fused: bool = False
+    known: Path | None = None
+    why: int = 0
+
+
+def print_predictions(path: Path, paths: Sequence[Path], wanted: Wanted) -> int:
+    """Print the classes of images and return how many could not be read.
 
     Raises:
         CheckpointError: if the run has no selected weights, or no bank that is asked for.
         ConfigError: if a path does not exist, or no image is found.
+        DataError: if the known labels do not fit.
     """
     run, options = find(path)
     config.refuse_debug(options, f"scinet predict --run {path}")
     files = list(_files(paths))
     class_names = _class_names(run)
+    known = None if wanted.known is None else KnownLabels(wanted.known, class_names)
     import torch
 
     from scinet.data.views import decode
     from scinet.evaluation import fused
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier = load_classifier(run, class_names, device) if is_fused else None
+    classifier = load_classifier(run, class_names, device) if wanted.is_fused else None
     network, views = load(run, options, class_names, "teacher", device)
     failures = 0
-    write = _writer(style, class_names, min(top, len(class_names)))
+    write = _writer(wanted.style, class_names, min(wanted.top, len(class_names)))
     for first in range(0, len(files), _BATCH):
         images, names = [], []
         for file in files[first : first + _BATCH]:
@@ -127,13 +143,24 @@ def print_predictions(path: Path, paths: Sequence[Path], *, style: str, top: int
             except (DataError, OSError) as error:
                 failures += 1
                 print(f"skipped: {error}", file=sys.stderr)
-        if images:
-            with torch.no_grad():
-                output = network(torch.stack(images).to(device))
-                logits = output.logits if classifier is None else fused.log_odds(classifier, output)
-                probabilities = torch.sigmoid(logits).cpu()
-            for name, row in zip(names, probabilities.tolist(), strict=True):
-                write(name, row)
+        if not images:
+            continue
+        with torch.no_grad():
+            output = network(torch.stack(images).to(device))
+            probabilities, reasons = torch.sigmoid(output.logits), list[list[Any]]([[]] * len(names))
+            if classifier is not None:
+                labels = (
+                    None
+                    if known is None
+                    else torch.tensor([known.of(name) for name in names], dtype=torch.int8, device=device)
+                )
+                query = fused.asking(output, num_regions=classifier.num_regions, observed=labels)
+                probabilities = classifier.probabilities(query)
+                reasons = fused.reasons(classifier, query, wanted.why, class_names) if wanted.why else reasons
+        for name, row, why in zip(names, probabilities.tolist(), reasons, strict=True):
+            write(name, row, why)
+    if known is not None and (left := known.unused()):
+        print(f"warning: {left}", file=sys.stderr)
     if failures:
         print(f"{failures} of {len(files)} images could not be read", file=sys.stderr)
     return failures
@@ -158,19 +185,23 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         raise ConfigError("no image was named")
 
 
-def _writer(style: str, class_names: tuple[str, ...], top: int) -> Callable[[Path, list[float]], None]:
+def _writer(style: str, class_names: tuple[str, ...], top: int) -> Callable[[Path, list[float], list[Any]], None]:
     table: Any = csv.writer(sys.stdout)
     if style == "csv":
         table.writerow(["file", *class_names])
 
-    def write(name: Path, row: list[float]) -> None:
+    def write(name: Path, row: list[float], why: list[Any]) -> None:
         ranked = sorted(zip(class_names, row, strict=True), key=lambda pair: -pair[1])[:top]
         if style == "csv":
             table.writerow([str(name), *(f"{value:.4f}" for value in row)])
         elif style == "json":
-            print(json.dumps({"file": str(name), "classes": {label: round(value, 4) for label, value in ranked}}))
+            tree = {"file": str(name), "classes": {label: round(value, 4) for label, value in ranked}}
+            print(json.dumps(tree | ({"why": why} if why else {})))
         else:
             print(f"{name}: " + ", ".join(f"{label} {value:.2f}" for label, value in ranked))
+            for near in why:
+                labels = ", ".join(near["present"]) or "none known to be present"
+                print(f"    {near['weight']:.1%} {near['id']}: {labels}; {len(near['absent'])} known to be absent")
 
     return write
 

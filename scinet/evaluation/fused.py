@@ -6,7 +6,9 @@ are what is predicted there and never evidence, as on a test image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from scinet.assembling import num_regions
 from scinet.distributed import Ranks
 from scinet.evaluation.evaluator import Computed, Inputs, PlainSplit, Scores
 from scinet.evaluation.metrics import evaluate
+from scinet.fusion import evidence
 from scinet.fusion import weights as fusion_weights
 from scinet.fusion.bank import Neighbours, rows_of
 from scinet.fusion.classifier import FusedClassifier
@@ -161,7 +164,7 @@ def build(
         found = asking(forward(batch.inputs), num_regions=regions)
         return found.embeddings, found.regions, found.choice
 
-    found = train.compute(rows, ranks)
+    found = train.compute(rows, ranks, with_ids=True)
     embeddings, shown, choice = found.columns
     nothing = embeddings[:, :0]
     bank = Neighbours(embeddings, found.observed, nothing, found.index, shown[:, :0], choice[:, :0])
@@ -173,15 +176,36 @@ def build(
     reference = Reference(bank, region_bank, counts, shrinkage=fusion.label_shrinkage, noise=fusion.label_noise)
     uses = fusion.instance_evidence, has_labels, regions > 0
     prior = torch.tensor(fusion_weights.PRIOR, dtype=torch.float64)
-    classifier = FusedClassifier(reference.to(ranks.device), prior, uses)
+    classifier = FusedClassifier(reference.to(ranks.device), prior, uses, found.ids)
     holdout = materials.plain("holdout", masked_by=options.data)
     weights, _ = judge(holdout.compute(terms(forward, classifier, num_regions=regions), ranks))
-    return None if weights is None else FusedClassifier(classifier.reference, weights, uses)
+    return None if weights is None else replace(classifier, weights=weights)
 
 
 def log_odds(classifier: FusedClassifier, output: Output) -> Tensor:
     """Return the fused logits [B, C] of images in no bank, of which no label is known."""
     return classifier.log_odds(asking(output, num_regions=classifier.num_regions))
+
+
+def reasons(
+    classifier: FusedClassifier, query: Neighbours, k: int, class_names: Sequence[str]
+) -> list[list[dict[str, Any]]]:
+    """Return for each of the rows that ask the k images of the bank with most weight, and what is known of them."""
+    rows = classifier.reference.rows
+    places, shares = evidence.nearest(rows, query, min(k, len(rows.indices)))
+    told = []
+    for own, weights in zip(places.tolist(), shares.tolist(), strict=True):
+        near = []
+        for place, weight in zip(own, weights, strict=True):
+            labels = rows.observed[place].tolist()
+            present, absent = (
+                [name for name, label in zip(class_names, labels, strict=True) if label == sign] for sign in (1, -1)
+            )
+            near.append(
+                {"id": classifier.names[place], "weight": round(weight, 4), "present": present, "absent": absent}
+            )
+        told.append(near)
+    return told
 
 
 def both(

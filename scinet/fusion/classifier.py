@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,11 +22,13 @@ class FusedClassifier:
         reference: labelled samples.
         weights: [5] float64, in the order of ``weights.TERMS``.
         uses: which of N, L and R there are.
+        names: of the samples of the bank [M].
     """
 
     reference: Reference
     weights: Tensor
     uses: tuple[bool, bool, bool]
+    names: tuple[str, ...] = ()
 
     @property
     def num_regions(self) -> int:
@@ -58,6 +61,11 @@ class FusedClassifier:
         cells = fusion_weights.features(query.confidence, self.evidence(query, only_weighty=True))
         return (cells @ self.weights.to(cells.device)).float()
 
+    def probabilities(self, query: Neighbours) -> Tensor:
+        """Return Q of rows that ask, a known label as it is: [B, C] fp32."""
+        unified = torch.sigmoid(self.log_odds(query))
+        return torch.where(query.observed == 0, unified, (query.observed > 0).to(unified.dtype))
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file holds of it; embeddings in fp16."""
         rows, regions = self.reference.rows, self.reference.regions
@@ -72,6 +80,7 @@ class FusedClassifier:
             "label": torch.tensor([self.reference.shrinkage, self.reference.noise], dtype=torch.float64),
             "weights": self.weights,
             "uses": torch.tensor(self.uses),
+            "names": torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8),
         }
         # banks may share columns, which a file may not
         return {name: tensor.clone() for name, tensor in held.items()}
@@ -88,6 +97,7 @@ def from_tensors(tensors: dict[str, Tensor], *, num_classes: int) -> FusedClassi
         shown = {name: tensors[f"regions.{name}"] for name in ("observed", "indices", "regions", "choice")}
         shrinkage, noise = tensors["label"].tolist()
         weights, (instance, label, region) = tensors["weights"].double(), tensors["uses"].tolist()
+        names = json.loads(bytes(tensors["names"].tolist()))
     except KeyError as error:
         raise ValueError(f"no tensor {error}") from error
     width = known["embeddings"].shape[-1]
@@ -111,4 +121,6 @@ def from_tensors(tensors: dict[str, Tensor], *, num_classes: int) -> FusedClassi
     rows = rows._replace(embeddings=rows.embeddings.float())
     regions = blank(len(shown["indices"]), num_classes, width)._replace(**shown)
     reference = Reference(rows, regions, CoCounts.of(rows.observed), shrinkage, noise)
-    return FusedClassifier(reference, weights, (bool(instance), bool(label), bool(region)))
+    if not isinstance(names, list) or set(map(type, names)) - {str} or len(names) != len(known["indices"]):
+        raise ValueError(f"'names' are not those of {len(known['indices'])} samples")
+    return FusedClassifier(reference, weights, (bool(instance), bool(label), bool(region)), tuple(names))

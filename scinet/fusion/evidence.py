@@ -150,6 +150,26 @@ def region_evidence(rows: Neighbours, query: Neighbours) -> Tensor:
     return torch.stack(shifts, 1)
 
 
+def nearest(rows: Neighbours, query: Neighbours, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k rows of other samples with most weight in N, and their shares of all weight.
+
+    Returns:
+        places [B, k] int64, the nearest first, and shares [B, k]; place -1 and share 0 where there are fewer.
+    """
+    keys = rows.embeddings
+    rank = max(k, min(INSTANCE_NEIGHBOURS, len(keys)))
+    places, squared = nearest_neighbours(
+        query.embeddings, rank, keys=keys, query_ids=query.indices, key_ids=rows.indices
+    )
+    at_rank = squared[:, : min(INSTANCE_NEIGHBOURS, len(keys))]
+    bandwidth = torch.where(at_rank.isinf(), 0.0, at_rank).amax(1).sqrt().clamp_min(_LEAST_BANDWIDTH)
+    mass = gaussian_mass(
+        query.embeddings, bandwidth=bandwidth, keys=keys, query_ids=query.indices, key_ids=rows.indices
+    )
+    log_weight = -squared[:, :k] / (2 * bandwidth.square().unsqueeze(1))
+    return places[:, :k], (log_weight - mass.unsqueeze(1)).exp()
+
+
 def label_evidence(reference: Reference, query: Neighbours) -> Tensor:
     """Return L [B, C]: the linear conditional expectation of a label given the image's other cells.
 

@@ -154,6 +154,33 @@ def test_bank_goes_where_the_run_goes(trained: Path, unseen: Path, scinet: Any, 
     assert scinet("evaluate", "--run", moved).status == 0
 
 
+def test_known_labels_and_reasons_are_of_the_bank(trained: Path, unseen: Path, scinet: Any, tmp_path: Path) -> None:
+    first, second, *_ = _evaluation(trained)["class_names"]
+    table = tmp_path / "known.csv"
+    table.write_text(f"file,{second},{first}\na red.jpg,0,1\nelsewhere.jpg,1,\n")
+    words = ("predict", "--run", trained, unseen, "--fused", "--json", "--top", 99)
+    plain = [json.loads(line) for line in scinet(*words).out.splitlines()]
+    result = scinet(*words, "--known", table, "--why", 2)
+    assert result.status == 0, result.err
+    assert "1 of 2 rows" in result.err
+    red, *others = [json.loads(line) for line in result.out.splitlines()]
+    assert (red["classes"][first], red["classes"][second]) == (1.0, 0.0)
+    assert [found["classes"] for found in others] == [found["classes"] for found in plain[1:]]
+    assert [len(found["why"]) for found in (red, *others)] == [2, 2, 2]
+    near = red["why"][0]
+    assert near["weight"] >= red["why"][1]["weight"] > 0
+    assert near["id"].startswith("scene-")
+    assert set(near["present"]).isdisjoint(near["absent"])
+    for wrong, said in (
+        (("--known", table), "--known needs --fused"),
+        (("--fused", "--why", 1, "--csv"), "--why and --csv exclude each other"),
+        (("--fused", "--known", tmp_path / "knwon.csv"), "did you mean"),
+    ):
+        refused = scinet("predict", "--run", trained, unseen, *wrong)
+        assert refused.status != 0
+        assert said in refused.err
+
+
 def test_labels_are_completed_with_their_reasons(trained: Path, scinet: Any, tmp_path: Path) -> None:
     out = tmp_path / "labels.csv"
     result = scinet("complete", "--run", trained, "--out", out)

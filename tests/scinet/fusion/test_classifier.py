@@ -41,7 +41,7 @@ class _World:
 
 def _classifier(rows: Neighbours, uses: tuple[bool, bool, bool] = (True, True, False)) -> FusedClassifier:
     reference = Reference(rows, blank(0, C, D), CoCounts.of(rows.observed), shrinkage=30.0, noise=0.3)
-    return FusedClassifier(reference, USED, uses)
+    return FusedClassifier(reference, USED, uses, tuple(map(str, rows.indices.tolist())))
 
 
 def _fitted(
@@ -104,6 +104,7 @@ def test_file_holds_the_classifier() -> None:
     found = from_tensors(classifier.tensors(), num_classes=C)
     assert (found.uses, found.num_regions) == (classifier.uses, 0)
     assert torch.equal(found.weights, classifier.weights)
+    assert found.names == classifier.names
     # embeddings are kept in half precision
     torch.testing.assert_close(found.log_odds(query), classifier.log_odds(query), rtol=5e-3, atol=5e-3)
 
@@ -115,6 +116,8 @@ def test_file_holds_the_classifier() -> None:
         ("weights", torch.zeros(4), r"'weights' has shape \[4\], expected \[5\]"),
         ("rows.observed", torch.zeros(90, 3, dtype=torch.int8), r"'rows.observed' has shape \[90, 3\]"),
         ("rows.indices", torch.zeros(3, dtype=torch.int64), "'rows.embeddings' has shape"),
+        ("names", torch.tensor([91, 93], dtype=torch.uint8), "'names' are not those of 90 samples"),
+        ("names", torch.tensor([91], dtype=torch.uint8), "Expecting value"),
         ("label", torch.tensor([30.0, 0.0]), "numbers out of range"),
         ("weights", torch.full((5,), torch.nan), "numbers out of range"),
         ("rows.embeddings", torch.full((90, D), torch.inf), "numbers out of range"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scinet.fusion import evidence
 from scinet.fusion.bank import Neighbours, blank, choose_regions
-from scinet.fusion.evidence import CoCounts, Reference, instance_evidence, label_evidence, region_evidence
+from scinet.fusion.evidence import CoCounts, Reference, instance_evidence, label_evidence, nearest, region_evidence
 
 C, D, R = 4, 6, 4
 SHRINKAGE, NOISE = 5.0, 0.3
@@ -180,3 +180,18 @@ def test_correlation_is_positive_definite_when_few_pairs_are_known() -> None:
     assert 0 < factor < 1
     assert torch.linalg.eigvalsh(correlation.double())[0] == pytest.approx(0.02, abs=1e-5)
     assert torch.equal(correlation.diagonal(), torch.ones(30))
+
+
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_nearest_rows_have_their_share_of_the_vote(k: int) -> None:
+    rows = _rows(40, seed=6)
+    query = rows.at(slice(3))
+    places, shares = nearest(rows, query, k)
+    for row in range(3):
+        distances = (query.embeddings[row].double() - rows.embeddings.double()).norm(dim=1)
+        distances[row] = math.inf
+        order = distances.argsort()
+        sigma = distances[order[evidence.INSTANCE_NEIGHBOURS - 1]]
+        weights = torch.exp(-(distances**2) / (2 * sigma**2))
+        assert places[row].tolist() == order[:k].tolist()
+        torch.testing.assert_close(shares[row].double(), (weights / weights.sum())[order[:k]], rtol=1e-3, atol=1e-5)
