@@ -81,14 +81,17 @@ def judge(computed: Computed) -> tuple[Tensor | None, dict[str, float]]:
 
     Returns:
         the weights [5], None where nothing can be fitted; and by name the weights, and log-loss and mAP (in per cent)
-        of P and of P with one term or all, each with weights of its own.
+        of P and of P with one term or all, each with weights of its own; a term that is not used has none.
     """
     cells, observed = computed.columns[1], computed.observed
     known = observed != 0
     honest, labels = cells[known], observed[known] > 0
     figures: dict[str, float] = {}
     weights = None
+    there = [column for column in range(cells.shape[-1]) if cells[..., column].any()]
     for name, columns in COMBINATIONS.items():
+        if name in fusion_weights.TERMS and columns[-2] not in there:
+            continue
         kept = torch.zeros(len(fusion_weights.TERMS), dtype=cells.dtype)
         kept[list(columns)] = 1
         weights = fusion_weights.fit(honest * kept, labels)
@@ -98,8 +101,9 @@ def judge(computed: Computed) -> tuple[Tensor | None, dict[str, float]]:
         scores = torch.sigmoid(cells @ weights)
         figures[f"fusion/map_{name}"] = evaluate(scores, observed).mean_average_precision
     assert weights is not None
-    named = zip(fusion_weights.TERMS, weights.tolist(), strict=True)
-    return weights, figures | {f"fusion/weight_{name}": value for name, value in named}
+    return weights, figures | {
+        f"fusion/weight_{fusion_weights.TERMS[column]}": float(weights[column]) for column in there
+    }
 
 
 def completed(
