@@ -174,7 +174,7 @@ def test_known_labels_and_reasons_are_of_the_bank(trained: Path, unseen: Path, s
     for wrong, said in (
         (("--known", table), "--known needs --fused"),
         (("--fused", "--why", 1, "--csv"), "--why and --csv exclude each other"),
-        (("--fused", "--known", tmp_path / "knwon.csv"), "did you mean"),
+        (("--fused", "--known", tmp_path / "known-labels.csv"), "did you mean"),
     ):
         refused = scinet("predict", "--run", trained, unseen, *wrong)
         assert refused.status != 0
