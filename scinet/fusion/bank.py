@@ -73,7 +73,7 @@ def rows_of(output: Output, observed: Tensor, indices: Tensor, *, num_regions: i
     rows = plain_rows(output.embeddings, observed, torch.sigmoid(output.logits), indices)
     if output.regions is None or output.text is None or not num_regions:
         return rows
-    regions = output.regions
+    regions = torch.nn.functional.normalize(output.regions, dim=-1)
     if regions.shape[1] != num_regions:
         regions = torch.nn.functional.normalize(resampled(regions, math.isqrt(num_regions)), dim=-1)
     return rows._replace(regions=regions.half(), choice=choose_regions(regions, output.text))

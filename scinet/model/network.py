@@ -29,7 +29,8 @@ _SHORTEST = 1e-12  # as torch's normalize
 class Output(NamedTuple):
     """Logits [N, C] and unit image embeddings [N, D], both fp32.
 
-    Where the head compares regions with text, also the unit embeddings of regions [N, R, D] and of classes [C, D].
+    Where the head compares regions with text, also the embeddings of regions [N, R, D], of some length, and the unit
+    embeddings of classes [C, D].
     """
 
     logits: Tensor
@@ -163,8 +164,9 @@ class Network(nn.Module):
         image, text = _unit(features.float()), _unit(text)
         if self._needs_regions:
             assert regions is not None, "towers without regions are refused"
-            regions = _unit(regions.float())
-            return Output(self._biased(_mean_odds(self.scale * regions @ text.T)), image, regions, text)
+            # scaled, as the backward pass keeps them: unit vectors beside would be a copy more
+            regions = self.scale * _unit(regions.float())
+            return Output(self._biased(_mean_odds(regions @ text.T)), image, regions, text)
         if self.attend_text is None or self.attend_image is None:
             cosine = image @ text.T
         else:
