@@ -45,7 +45,8 @@ class _Line:
 
         def carry() -> None:
             try:
-                with contextlib.suppress(RuntimeError):
+                # a ValueError where the process group has ended meanwhile
+                with contextlib.suppress(RuntimeError, ValueError):
                     answers.append(question(dist.distributed_c10d._get_default_store()))
             finally:
                 self._is_overdue = False

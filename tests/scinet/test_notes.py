@@ -40,13 +40,19 @@ def test_question_is_given_up_and_nobody_waits_behind_it_when_the_store_is_silen
     pytest.fail("the store answers again, but is not asked")
 
 
-def test_store_that_is_gone_is_no_answer(line: notes._Line) -> None:
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Connection reset by peer"), ValueError("Default process group has not been initialized")]
+)
+def test_store_that_is_gone_is_no_answer(line: notes._Line, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Any) -> int:
-        raise RuntimeError("Connection reset by peer")
+        raise error
 
+    unheard: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", unheard.append)
     with pytest.raises(ConnectionError):
         line.ask(broken)
     assert line.ask(lambda _: 7) == 7
+    assert not unheard, "the thread that asks says nothing of its own"
 
 
 def test_questions_of_several_threads_are_all_answered(line: notes._Line, monkeypatch: pytest.MonkeyPatch) -> None:
