@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scinet.data.batch import Batch
+from scinet.layout import WEIGHT, held_parts
 from scinet.model.network import Output
-from scinet.model.teacher import local
 from scinet.objective import Step
 
 _MOST_IDS = 5
@@ -32,7 +32,8 @@ def find(network: nn.Module, batch: Batch, place: int, lose: Callable[[Output, i
         place: of it in its step.
         lose: from the network's output and the place to what the micro-batch gave.
     """
-    weight = next((name for name, value in network.named_parameters() if not _is_finite(local(value))), None)
+    # without what fills up a rank's share under ZeRO 3, which may be anything
+    weight = next((part.name for part in held_parts(network) if not _is_finite(part.read())), None)
     outputs: list[tuple[str, Tensor]] = []
     first: list[str] = []
 
@@ -57,7 +58,7 @@ def find(network: nn.Module, batch: Batch, place: int, lose: Callable[[Output, i
     if not _is_finite(batch.inputs):
         return "in its input"
     if weight:
-        return f"in the weight '{weight}'"
+        return f"in the weight '{weight.removeprefix(f'{WEIGHT}/')}'"
     if first:
         return f"in the output of '{first[0]}'"
     part = next((name for name, value in step.parts.items() if not _is_finite(value)), None)
