@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scinet.data.formats.table_csv import read_csv
 from scinet.data.formats.table_rows import TableOptions
-from scinet.errors import DataError, nearest
+from scinet.errors import ConfigError, DataError, nearest
 
 
 class KnownLabels:
@@ -18,11 +18,11 @@ class KnownLabels:
 
         Raises:
             DataError: naming the column or row that does not fit.
-            ConfigError: where a code can mean two things.
+            ConfigError: where there is no file, or a code can mean two things.
         """
         if not path.is_file():
             beside = [str(other) for other in path.parent.glob("*.csv")] if path.parent.is_dir() else []
-            raise DataError(f"--known {path} does not exist{nearest(str(path), beside)}")
+            raise ConfigError(f"--known {path} does not exist{nearest(str(path), beside)}")
         names, rows = read_csv(TableOptions(labels=path, images=Path()), None)
         unknown = [name for name in names if name not in class_names]
         if unknown:

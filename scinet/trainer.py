@@ -308,7 +308,7 @@ class Trainer:
         if fusion is None or not fusion.is_fitted:
             return self.score("holdout", use_teacher=True), {}
         fusion.refresh()
-        answer = fused.terms(self.teacher.forward, fusion.classifier(), num_regions=fusion.num_regions)
+        answer = fused.terms(self.teacher.forward, fusion.classifier())
         holdout = self._materials.plain("holdout", masked_by=self._options.data)
         computed = holdout.compute(answer, self._ranks, self._guard)
         weights, figures = fused.judge(computed)

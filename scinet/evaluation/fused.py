@@ -21,7 +21,7 @@ from scinet.fusion import evidence
 from scinet.fusion import weights as fusion_weights
 from scinet.fusion.bank import Neighbours, rows_of
 from scinet.fusion.classifier import FusedClassifier
-from scinet.fusion.evidence import MOST_CLASSES, CoCounts, Reference
+from scinet.fusion.evidence import CoCounts, LabelStatistics, Reference
 from scinet.materials import Materials
 from scinet.model.network import Output
 from scinet.options import Method, Options, Profile, Weights
@@ -62,12 +62,12 @@ def asking(output: Output, *, num_regions: int, observed: Tensor | None = None) 
 
 
 def terms(
-    forward: Callable[[Tensor], Output], classifier: FusedClassifier, *, num_regions: int
+    forward: Callable[[Tensor], Output], classifier: FusedClassifier
 ) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
     """Return what gives a batch's probabilities [B, C] and the terms of its cells [B, C, 5]."""
 
     def answer(batch: Inputs) -> tuple[Tensor, Tensor]:
-        query = asking(forward(batch.inputs), num_regions=num_regions)
+        query = asking(forward(batch.inputs), num_regions=classifier.num_regions)
         return query.confidence, fusion_weights.features(query.confidence, classifier.evidence(query))
 
     return answer
@@ -175,14 +175,13 @@ def build(
     step = -(-len(found.index) // max(1, fusion.region_bank_size))
     some = slice(0, len(found.index) if regions else 0, step)
     region_bank = Neighbours(nothing, found.observed, nothing, found.index, shown, choice).at(some)
-    has_labels = fusion.label_evidence and materials.card.num_classes <= MOST_CLASSES
-    counts = CoCounts.of(found.observed if has_labels else found.observed[:, :0])
-    reference = Reference(bank, region_bank, counts, shrinkage=fusion.label_shrinkage, noise=fusion.label_noise)
-    uses = fusion.instance_evidence, has_labels, regions > 0
+    uses = evidence.terms_used(fusion, num_classes=materials.card.num_classes, num_regions=regions)
+    counts = CoCounts.of(found.observed if uses[1] else found.observed[:, :0])
+    reference = Reference(bank, region_bank, LabelStatistics(counts, fusion.label_shrinkage, fusion.label_noise))
     prior = torch.tensor(fusion_weights.PRIOR, dtype=torch.float64)
     classifier = FusedClassifier(reference.to(ranks.device), prior, uses, found.ids)
     holdout = materials.plain("holdout", masked_by=options.data)
-    weights, _ = judge(holdout.compute(terms(forward, classifier, num_regions=regions), ranks))
+    weights, _ = judge(holdout.compute(terms(forward, classifier), ranks))
     return None if weights is None else replace(classifier, weights=weights)
 
 

@@ -11,7 +11,17 @@ from torch import Tensor
 from scinet.fusion import evidence as terms_of
 from scinet.fusion import weights as fusion_weights
 from scinet.fusion.bank import Neighbours, blank
-from scinet.fusion.evidence import CoCounts, Evidence, Reference
+from scinet.fusion.evidence import CoCounts, Evidence, LabelStatistics, Reference
+
+_DTYPES = {
+    "rows.embeddings": torch.float16,
+    "rows.observed": torch.int8,
+    "rows.indices": torch.int64,
+    "regions.observed": torch.int8,
+    "regions.indices": torch.int64,
+    "regions.regions": torch.float16,
+    "regions.choice": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class FusedClassifier:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a file holds of it; embeddings in fp16."""
-        rows, regions = self.reference.rows, self.reference.regions
+        rows, regions, labels = self.reference.rows, self.reference.regions, self.reference.labels
         held = {
             "rows.embeddings": rows.embeddings.half(),
             "rows.observed": rows.observed,
@@ -77,7 +87,7 @@ class FusedClassifier:
             "regions.indices": regions.indices,
             "regions.regions": regions.regions,
             "regions.choice": regions.choice,
-            "label": torch.tensor([self.reference.shrinkage, self.reference.noise], dtype=torch.float64),
+            "label": torch.tensor([labels.shrinkage, labels.noise], dtype=torch.float64),
             "weights": self.weights,
             "uses": torch.tensor(self.uses),
             "names": torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8),
@@ -100,18 +110,24 @@ def from_tensors(tensors: dict[str, Tensor], *, num_classes: int) -> FusedClassi
         names = json.loads(bytes(tensors["names"].tolist()))
     except KeyError as error:
         raise ValueError(f"no tensor {error}") from error
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"'label', 'uses' or 'names' is unreadable ({error})") from error
     width = known["embeddings"].shape[-1]
     side = shown["regions"].shape[1] if shown["regions"].ndim == 3 else 0
     expected = {
         "rows.embeddings": (known["embeddings"], (len(known["indices"]), width)),
         "rows.observed": (known["observed"], (len(known["indices"]), num_classes)),
         "regions.observed": (shown["observed"], (len(shown["indices"]), num_classes)),
+        "regions.regions": (shown["regions"], (len(shown["indices"]), side, width)),
         "regions.choice": (shown["choice"], (len(shown["indices"]), num_classes if side else 0)),
         "weights": (weights, (len(fusion_weights.TERMS),)),
     }
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"'{name}' has shape {list(tensor.shape)}, expected {list(shape)}")
+    for name, dtype in _DTYPES.items():
+        if tensors[name].dtype != dtype:
+            raise ValueError(f"'{name}' is {tensors[name].dtype}, expected {dtype}")
     finite = (known["embeddings"], shown["regions"], weights, tensors["label"])
     if not (all(bool(tensor.isfinite().all()) for tensor in finite) and shrinkage >= 0 and noise > 0):
         raise ValueError("numbers out of range")
@@ -120,7 +136,8 @@ def from_tensors(tensors: dict[str, Tensor], *, num_classes: int) -> FusedClassi
     rows = blank(len(known["indices"]), num_classes, width)._replace(**known)
     rows = rows._replace(embeddings=rows.embeddings.float())
     regions = blank(len(shown["indices"]), num_classes, width)._replace(**shown)
-    reference = Reference(rows, regions, CoCounts.of(rows.observed), shrinkage, noise)
+    counts = CoCounts.of(rows.observed if label else rows.observed[:, :0])
+    reference = Reference(rows, regions, LabelStatistics(counts, shrinkage, noise))
     if not isinstance(names, list) or set(map(type, names)) - {str} or len(names) != len(known["indices"]):
         raise ValueError(f"'names' are not those of {len(known['indices'])} samples")
     return FusedClassifier(reference, weights, (bool(instance), bool(label), bool(region)), tuple(names))

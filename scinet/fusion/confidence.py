@@ -16,7 +16,15 @@ from scinet.fusion import weights as fusion_weights
 from scinet.fusion.bank import Bank, Neighbours, blank
 from scinet.fusion.classifier import FusedClassifier
 from scinet.fusion.correlation import LabelCorrelation
-from scinet.fusion.evidence import MOST_CLASSES, CoCounts, Evidence, Reference, prior_log_odds
+from scinet.fusion.evidence import (
+    CoCounts,
+    Evidence,
+    LabelStatistics,
+    Reference,
+    farthest_distance,
+    prior_log_odds,
+    terms_used,
+)
 from scinet.model.label_graph import propagation
 from scinet.options import Bandwidth, Combine, CorrelationOptions, FusionOptions, Memory, Weights
 from scinet_kernels import gaussian_propagate, nearest_neighbours
@@ -96,8 +104,9 @@ class Fusion:
         self.num_regions = num_regions
         self.weights = torch.tensor(fusion_weights.PRIOR, dtype=torch.float64)
         """Of ``weights.TERMS``; set by the evaluation on the hold-out, where ``is_fitted``."""
-        self._uses = options.instance_evidence, options.label_evidence and num_classes <= MOST_CLASSES, size > 0
-        self._counts = CoCounts.of(rows.observed[:0]) if self._uses[1] and self.is_fitted else None
+        self._uses = terms_used(options, num_classes=num_classes, num_regions=num_regions)
+        self._has_counts = self.is_fitted and self._uses[1]
+        self._take_counts(rows.observed[:0])
         self._memory = self._allocate_memory(num_samples, num_classes, text.device)
 
     def _allocate_memory(self, num_samples: int, num_classes: int, device: torch.device) -> Tensor | None:
@@ -161,20 +170,18 @@ class Fusion:
 
     def classifier(self) -> FusedClassifier:
         """Return what the bank and the weights say as they are now; only where ``is_fitted``."""
-        counts = self._counts or CoCounts.of(self.bank.rows().observed[:, :0])
-        reference = Reference(
-            self.bank.rows(),
-            self._region_bank.rows(),
-            counts,
-            shrinkage=self.options.label_shrinkage,
-            noise=self.options.label_noise,
-        )
+        reference = Reference(self.bank.rows(), self._region_bank.rows(), self._labels)
         return FusedClassifier(reference, self.weights, self._uses)
 
     def refresh(self) -> None:
         """Take the correlation of the labels from the bank as it is now."""
-        if self._counts is not None:
-            self._counts = CoCounts.of(self.bank.rows().observed)
+        self._take_counts(self.bank.rows().observed)
+
+    def _take_counts(self, observed: Tensor) -> None:
+        self._set_counts(CoCounts.of(observed if self._has_counts else observed[:, :0]))
+
+    def _set_counts(self, counts: CoCounts) -> None:
+        self._labels = LabelStatistics(counts, self.options.label_shrinkage, self.options.label_noise)
 
     def _fitted(self, batch: Neighbours) -> tuple[Tensor, list[Tensor | None]]:
         """Return Q of unknown cells, and N, L and R as probabilities; a term of weight 0 costs nothing."""
@@ -266,8 +273,7 @@ class Fusion:
             _, squared = nearest_neighbours(
                 batch.embeddings, k, keys=rows.embeddings, query_ids=batch.indices, key_ids=rows.indices
             )
-            farthest = torch.where(squared.isinf(), 0.0, squared).amax(1).sqrt()
-            bandwidth = farthest.clamp_min(1e-3)
+            bandwidth = farthest_distance(squared)
         # unit vectors are never farther apart than 2, and a radius costs a comparison a pair
         radius = self.options.radius if self.options.radius < 2 else None
         return gaussian_propagate(
@@ -289,7 +295,8 @@ class Fusion:
             state["weights"] = self.weights
             if self.num_regions:
                 state |= {f"regions.{key}": value for key, value in self._region_bank.state_dict().items()}
-            state |= {} if self._counts is None else {f"counts.{k}": v for k, v in self._counts._asdict().items()}
+            if self._has_counts:
+                state |= {f"counts.{key}": value for key, value in self._labels.counts._asdict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -299,8 +306,8 @@ class Fusion:
             if self.num_regions:
                 parts["regions."] = self._region_bank
             self.weights = state["weights"].clone()
-            if self._counts is not None:
-                self._counts = CoCounts(*(state[f"counts.{name}"].clone() for name in CoCounts._fields))
+            if self._has_counts:
+                self._set_counts(CoCounts(*(state[f"counts.{name}"].clone() for name in CoCounts._fields)))
         for prefix, part in parts.items():
             part.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         if self._memory is not None:

@@ -8,12 +8,14 @@ classes, D embedding, R regions.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scinet.fusion.bank import Neighbours
+from scinet.options import FusionOptions
 from scinet_kernels import gaussian_mass, gaussian_propagate, nearest_neighbours
 
 MOST_CLASSES = 1024
@@ -69,23 +71,20 @@ class CoCounts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What evidence is drawn from: labelled samples, and what their labels say of each other.
+class LabelStatistics:
+    """What the labels of samples say of each other.
 
     Attributes:
-        rows: [M, ...] whole images.
-        regions: [M', ...] images whose regions are kept; none where R is 0.
-        counts: of the rows' labels when the correlation was last taken.
+        counts: of the labels.
         shrinkage: co-observations at which a correlation is halved.
         noise: variance of a known label.
     """
 
-    rows: Neighbours
-    regions: Neighbours
     counts: CoCounts
     shrinkage: float
     noise: float
 
+    @cached_property
     def correlation(self) -> tuple[Tensor, float]:
         """Return the label correlation [C, C], made positive definite, and the factor that this took."""
         correlation = self.counts.correlation(self.shrinkage)
@@ -96,13 +95,28 @@ class Reference:
         scaled.fill_diagonal_(1)
         return scaled, factor
 
+
+@dataclass(frozen=True)
+class Reference:
+    """What evidence is drawn from.
+
+    Attributes:
+        rows: [M, ...] whole images, labelled.
+        regions: [M', ...] images whose regions are kept; none where R is 0.
+        labels: statistics of the rows' labels, as they were when last taken.
+    """
+
+    rows: Neighbours
+    regions: Neighbours
+    labels: LabelStatistics
+
     def to(self, device: torch.device) -> Reference:
         """Return it on a device."""
         return replace(
             self,
             rows=Neighbours(*(column.to(device) for column in self.rows)),
             regions=Neighbours(*(column.to(device) for column in self.regions)),
-            counts=CoCounts(*(count.to(device) for count in self.counts)),
+            labels=replace(self.labels, counts=CoCounts(*(count.to(device) for count in self.labels.counts))),
         )
 
 
@@ -162,7 +176,7 @@ def nearest(rows: Neighbours, query: Neighbours, k: int) -> tuple[Tensor, Tensor
         query.embeddings, rank, keys=keys, query_ids=query.indices, key_ids=rows.indices
     )
     at_rank = squared[:, : min(INSTANCE_NEIGHBOURS, len(keys))]
-    bandwidth = torch.where(at_rank.isinf(), 0.0, at_rank).amax(1).sqrt().clamp_min(_LEAST_BANDWIDTH)
+    bandwidth = farthest_distance(at_rank)
     mass = gaussian_mass(
         query.embeddings, bandwidth=bandwidth, keys=keys, query_ids=query.indices, key_ids=rows.indices
     )
@@ -184,14 +198,15 @@ def label_evidence(reference: Reference, query: Neighbours) -> Tensor:
 
     Source: method.md sections 3 and 3.3; leave-one-out kriging.
     """
-    correlation, factor = reference.correlation()
+    labels = reference.labels
+    correlation, factor = labels.correlation
     known = query.observed != 0
     label = (query.observed > 0).float()
-    rate = _rate(reference.counts, torch.zeros_like(query.observed[:1]))
+    rate = _rate(labels.counts, torch.zeros_like(query.observed[:1]))
     spread = (rate * (1 - rate)).sqrt()
     likely = query.confidence
     share = (likely * (1 - likely) / spread.square()).clamp(*_SHARE_OF_UNKNOWN)
-    variance = torch.where(known, reference.noise, share / (1 - share))
+    variance = torch.where(known, labels.noise, share / (1 - share))
     seen = torch.where(known, label - rate, (likely - rate) / (1 - share)) / spread
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation + torch.diag_embed(variance)))
     solved = (inverse @ seen.unsqueeze(2)).squeeze(2)
@@ -201,11 +216,11 @@ def label_evidence(reference: Reference, query: Neighbours) -> Tensor:
     mine = own.any(1).nonzero().squeeze(1)
     if len(mine):
         # rows of the correlation without the own image, for the cells that have a label of their own in it
-        rows = reference.counts.without(own[mine]).correlation(reference.shrinkage) * factor
+        rows = labels.counts.without(own[mine]).correlation(labels.shrinkage) * factor
         rows.diagonal(dim1=1, dim2=2).zero_()
         weights = solved[mine].unsqueeze(1) - inverse[mine] * ratio[mine].unsqueeze(2)
         expected[mine] = torch.where(own[mine] != 0, (rows * weights).sum(2), expected[mine])
-    own_rate = _rate(reference.counts, own)
+    own_rate = _rate(labels.counts, own)
     own_spread = (own_rate * (1 - own_rate)).sqrt()
     return _logit((own_rate + own_spread * expected).clamp(_LABEL_RANGE, 1 - _LABEL_RANGE)) - _logit(own_rate)
 
@@ -217,6 +232,16 @@ def _rate(counts: CoCounts, own: Tensor) -> Tensor:
     return ((positive + 0.5) / (known + 1)).clamp(_LOGIT_RANGE, 1 - _LOGIT_RANGE)
 
 
+def farthest_distance(squared: Tensor) -> Tensor:
+    """Return the distance [B] to the farthest of the neighbours at squared distances [B, K], infinite where missing."""
+    return torch.where(squared.isinf(), 0.0, squared).amax(1).sqrt().clamp_min(_LEAST_BANDWIDTH)
+
+
+def terms_used(options: FusionOptions, *, num_classes: int, num_regions: int) -> tuple[bool, bool, bool]:
+    """Return which of N, L and R there are."""
+    return options.instance_evidence, options.label_evidence and num_classes <= MOST_CLASSES, num_regions > 0
+
+
 def _votes(queries: Tensor, keys: Tensor, values: Tensor, query_ids: Tensor, key_ids: Tensor, *, rank: int) -> Tensor:
     """Return the sum of the values [M, V] of keys of other samples under a Gaussian: [B, V].
 
@@ -224,7 +249,7 @@ def _votes(queries: Tensor, keys: Tensor, values: Tensor, query_ids: Tensor, key
     """
     with torch.no_grad():
         _, squared = nearest_neighbours(queries, min(rank, len(keys)), keys=keys, query_ids=query_ids, key_ids=key_ids)
-        farthest = torch.where(squared.isinf(), 0.0, squared).amax(1).sqrt().clamp_min(_LEAST_BANDWIDTH)
+        farthest = farthest_distance(squared)
     mass = gaussian_mass(queries, bandwidth=farthest, keys=keys, query_ids=query_ids, key_ids=key_ids)
     mean = gaussian_propagate(queries, values, bandwidth=farthest, keys=keys, query_ids=query_ids, key_ids=key_ids)
     return mean * mass.exp().unsqueeze(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from scinet.fusion import weights
 from scinet.fusion.bank import Neighbours, blank, plain_rows
 from scinet.fusion.classifier import FusedClassifier, from_tensors
-from scinet.fusion.evidence import CoCounts, Reference
+from scinet.fusion.evidence import CoCounts, LabelStatistics, Reference
 
 C, D = 6, 16
 USED = torch.tensor([1.0, 0.5, 0.25, 0.0, -0.1], dtype=torch.float64)
@@ -40,7 +40,7 @@ class _World:
 
 
 def _classifier(rows: Neighbours, uses: tuple[bool, bool, bool] = (True, True, False)) -> FusedClassifier:
-    reference = Reference(rows, blank(0, C, D), CoCounts.of(rows.observed), shrinkage=30.0, noise=0.3)
+    reference = Reference(rows, blank(0, C, D), LabelStatistics(CoCounts.of(rows.observed), 30.0, 0.3))
     return FusedClassifier(reference, USED, uses, tuple(map(str, rows.indices.tolist())))
 
 
@@ -119,8 +119,11 @@ def test_file_holds_the_classifier() -> None:
         ("names", torch.tensor([91, 93], dtype=torch.uint8), "'names' are not those of 90 samples"),
         ("names", torch.tensor([91], dtype=torch.uint8), "Expecting value"),
         ("label", torch.tensor([30.0, 0.0]), "numbers out of range"),
+        ("label", torch.tensor(30.0), "is unreadable"),
+        ("rows.indices", torch.zeros(90), "'rows.indices' is torch.float32, expected torch.int64"),
+        ("regions.regions", torch.zeros(3, 4, D).half(), "'regions.choice' has shape|'regions.regions' has shape"),
         ("weights", torch.full((5,), torch.nan), "numbers out of range"),
-        ("rows.embeddings", torch.full((90, D), torch.inf), "numbers out of range"),
+        ("rows.embeddings", torch.full((90, D), torch.inf).half(), "numbers out of range"),
     ],
 )
 def test_file_that_is_no_classifier_is_refused(name: str, value: Tensor | None, message: str) -> None:

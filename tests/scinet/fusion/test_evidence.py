@@ -11,7 +11,15 @@ from torch import Tensor
 
 from scinet.fusion import evidence
 from scinet.fusion.bank import Neighbours, blank, choose_regions
-from scinet.fusion.evidence import CoCounts, Reference, instance_evidence, label_evidence, nearest, region_evidence
+from scinet.fusion.evidence import (
+    CoCounts,
+    LabelStatistics,
+    Reference,
+    instance_evidence,
+    label_evidence,
+    nearest,
+    region_evidence,
+)
 
 C, D, R = 4, 6, 4
 SHRINKAGE, NOISE = 5.0, 0.3
@@ -38,7 +46,7 @@ def _rows(size: int, seed: int, start: int = 0, known: float = 0.6) -> Neighbour
 
 
 def _reference(rows: Neighbours) -> Reference:
-    return Reference(rows, rows, CoCounts.of(rows.observed), shrinkage=SHRINKAGE, noise=NOISE)
+    return Reference(rows, rows, LabelStatistics(CoCounts.of(rows.observed), SHRINKAGE, NOISE))
 
 
 def _without(rows: Neighbours, index: int, label: int) -> Neighbours:
@@ -174,9 +182,7 @@ def test_nothing_is_said_when_nothing_is_known() -> None:
 def test_correlation_is_positive_definite_when_few_pairs_are_known() -> None:
     generator = torch.Generator().manual_seed(0)
     observed = torch.randint(-1, 2, (12, 30), generator=generator).to(torch.int8)
-    rows = blank(12, 30, D)._replace(observed=observed)
-    reference = Reference(rows, rows, CoCounts.of(observed), shrinkage=0.0, noise=NOISE)
-    correlation, factor = reference.correlation()
+    correlation, factor = LabelStatistics(CoCounts.of(observed), 0.0, NOISE).correlation
     assert 0 < factor < 1
     assert torch.linalg.eigvalsh(correlation.double())[0] == pytest.approx(0.02, abs=1e-5)
     assert torch.equal(correlation.diagonal(), torch.ones(30))
